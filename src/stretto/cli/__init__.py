@@ -1,0 +1,1 @@
+"""Commands: one file each, imported only when called. The only package that prints."""
