@@ -1,0 +1,1 @@
+"""A plan made real: ranks, groups and collectives, with the bytes counted."""

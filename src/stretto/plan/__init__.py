@@ -1,0 +1,1 @@
+"""Plans: the decision as frozen data, an option per axis."""

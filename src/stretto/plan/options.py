@@ -1,0 +1,241 @@
+"""The option of each axis: frozen dataclasses, tagged by `kind` where there is a choice.
+
+Standard library only, so that code which does the work can use them where pydantic is absent.
+Every axis option has `degree`, `short()` for people and `wire(case)`, the exact bytes it sends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from stretto.errors import PlanMismatch
+from stretto.plan.traffic import Traffic
+
+PREDICTORS = ("damped", "repeat", "own", "taylor-1", "taylor-2", "taylor-3")
+WALKS = ("auto", "replay", "leader")
+SPLITS = ("auto", "batch", "calls")
+
+#: Fixed header in front of every window message, bytes.
+HEADER_BYTES = 256
+_FORBID = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parastep:
+    """The published schedule: `warmup` exact steps first, then windows of `degree`.
+
+    `warmup` None is min(5, max(1, steps // 4)). Implies the predictor `own`.
+    Source: ParaStep, NeurIPS 2025, section 3.
+    """
+
+    __pydantic_config__ = _FORBID
+    kind: Literal["parastep"] = "parastep"
+    warmup: int | None = None
+
+    def short(self) -> str:
+        return "parastep" if self.warmup is None else f"parastep w{self.warmup}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tail:
+    """Exact steps where the noise is low, chosen by a dynamic programme over the noise grid.
+
+    `depth` is the number of sequential denoiser evaluations; None is that of `Parastep()`, so
+    that both can be compared at equal cost. Needs no calibration.
+    """
+
+    __pydantic_config__ = _FORBID
+    kind: Literal["tail"] = "tail"
+    depth: int | None = None
+
+    def short(self) -> str:
+        return "tail" if self.depth is None else f"tail d{self.depth}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fixed:
+    """`warmup` exact steps, windows of `degree`, `cooldown` exact steps."""
+
+    __pydantic_config__ = _FORBID
+    kind: Literal["fixed"] = "fixed"
+    warmup: int = 1
+    cooldown: int = 0
+
+    def short(self) -> str:
+        return f"fixed w{self.warmup} c{self.cooldown}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """Window sizes written out; they sum to the number of steps and start with 1.
+
+    `damping[h-1]` in [0, 1] is the damping of the prediction h steps ahead, empty to fit it online.
+    """
+
+    __pydantic_config__ = _FORBID
+    kind: Literal["listed"] = "listed"
+    sizes: tuple[int, ...]
+    damping: tuple[float, ...] = ()
+
+    def short(self) -> str:
+        return "listed " + " ".join(map(str, self.sizes))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibrated:
+    """Windows and damping from a file written by `stretto generate calibrate`.
+
+    `depth` None takes the file's entry for the depth of `Parastep()`.
+    """
+
+    __pydantic_config__ = _FORBID
+    kind: Literal["calibrated"] = "calibrated"
+    file: str
+    depth: int | None = None
+
+    def short(self) -> str:
+        return "calibrated" if self.depth is None else f"calibrated d{self.depth}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adaptive:
+    """Windows that grow while the last measured guess error stays under `tolerance`.
+
+    `tolerance` is rms(true latent - guessed latent) / rms(true latent). Never a default: a
+    tolerance does not transfer between noise grids.
+    """
+
+    __pydantic_config__ = _FORBID
+    kind: Literal["adaptive"] = "adaptive"
+    tolerance: float = 0.02
+
+    def short(self) -> str:
+        return f"adaptive {self.tolerance:g}"
+
+
+Windows = Parastep | Tail | Fixed | Listed | Calibrated | Adaptive
+
+
+@dataclass(frozen=True, slots=True)
+class StepsCase:
+    """What the bytes of step parallelism depend on.
+
+    `windows`: sizes in order; `rank`: position on the step axis; `guided_bytes`: one guided
+    prediction; `raw_bytes`: one denoiser output of the whole batch; `chunks`: how many ranks share
+    an exact step (1 = all compute all of it).
+    """
+
+    windows: tuple[int, ...]
+    rank: int
+    guided_bytes: int
+    raw_bytes: int = 0
+    chunks: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """Denoising steps in parallel: each window of W steps is evaluated by W ranks at once.
+
+    `predictor`: how a rank guesses the predictions it does not compute. `walk`: `replay` (every
+    rank takes every true step), `leader` (rank 0 does, for pipelines that edit latents between
+    steps), `auto` finds out. `exact_split`: ranks share the batch of a window of one step.
+    """
+
+    __pydantic_config__ = _FORBID
+    degree: int = 1
+    windows: Windows = field(default_factory=Tail)
+    predictor: str = "damped"
+    walk: str = "auto"
+    exact_split: bool = True
+
+    def __post_init__(self):
+        _check_degree("step", self.degree)
+        _check_choice("predictor", self.predictor, PREDICTORS)
+        _check_choice("walk", self.walk, WALKS)
+
+    def short(self) -> str:
+        return f"step{self.degree}({self.windows.short()}, {self.guesses})"
+
+    @property
+    def guesses(self) -> str:
+        """The predictor in force: the published schedule brings its own."""
+        return "own" if isinstance(self.windows, Parastep) else self.predictor
+
+    def wire(self, case: StepsCase) -> Traffic:
+        """Bytes sent in the replay walk, headers included, and 8 bytes a step for the report."""
+        others = self.degree - 1
+        traffic = Traffic()
+        for size in case.windows:
+            if size > 1 and case.rank < size:
+                verb = "all_gather" if size == self.degree else "broadcast"
+                message = HEADER_BYTES + case.guided_bytes
+                traffic.add("window", verb, "step", others * message)
+            elif size == 1 and case.chunks > 1 and case.rank < case.chunks:
+                verb = "all_gather" if case.chunks == self.degree else "broadcast"
+                traffic.add("exact", verb, "step", others * case.raw_bytes // case.chunks)
+        traffic.add("report", "all_gather", "step", others * 8 * sum(case.windows))
+        return traffic
+
+
+@dataclass(frozen=True, slots=True)
+class GuidanceCase:
+    """What the bytes of guidance parallelism depend on.
+
+    `evaluations`: denoiser steps this rank takes part in; `calls`: denoiser calls per step;
+    `rank`: position on the cfg axis; `raw_bytes`: one denoiser output; `guided_bytes`: one guided
+    prediction; `split`: batch or calls.
+    """
+
+    evaluations: int
+    calls: int
+    rank: int
+    raw_bytes: int
+    guided_bytes: int
+    split: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guidance:
+    """Classifier-free guidance in parallel, exact: its branches run on `degree` ranks.
+
+    `split`: `batch` cuts the denoiser's batch into equal chunks, `calls` gives every rank whole
+    denoiser calls (pipelines that call once per branch), `auto` takes what the shapes allow.
+    """
+
+    __pydantic_config__ = _FORBID
+    degree: int = 1
+    split: str = "auto"
+
+    def __post_init__(self):
+        _check_degree("cfg", self.degree)
+        _check_choice("split", self.split, SPLITS)
+
+    def short(self) -> str:
+        return f"cfg{self.degree}" + ("" if self.split == "auto" else f"({self.split})")
+
+    def wire(self, case: GuidanceCase) -> Traffic:
+        """Bytes sent: chunks to the group, or outputs to the leader and its guided result back."""
+        traffic = Traffic()
+        others = self.degree - 1
+        if case.split == "batch":
+            sent = others * case.raw_bytes // self.degree
+            traffic.add("guidance", "all_gather", "cfg", case.evaluations * case.calls * sent)
+            return traffic
+        own = len(range(case.rank, case.calls, self.degree))
+        if case.rank:
+            traffic.add("guidance", "permute", "cfg", case.evaluations * own * case.raw_bytes)
+        elif others:
+            sent = case.evaluations * others * case.guided_bytes
+            traffic.add("guidance", "broadcast", "cfg", sent)
+        return traffic
+
+
+def _check_degree(axis: str, degree: int) -> None:
+    if degree < 1:
+        raise PlanMismatch(f"{axis}={degree}: a degree counts ranks and is at least 1")
+
+
+def _check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise PlanMismatch(f"{what} {value!r} is unknown; known are {', '.join(known)}")

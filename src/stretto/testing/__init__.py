@@ -1,0 +1,1 @@
+"""What tests, benchmarks and the demo need: ranks, faults, tiny models."""
