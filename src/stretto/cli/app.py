@@ -1,0 +1,64 @@
+"""The `stretto` command: a table of commands, each imported only when called.
+
+Exit codes: 0 done; 1 a failed check or a bug (with traceback); 2 an error of the tree or a
+command line that does not parse.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError, Parameter
+
+import stretto
+from stretto.errors import StrettoError
+
+#: name -> (where it lives, its line in `stretto --help`). A line stands here, and not in the
+#: command's docstring, so that help imports no command and so no torch.
+COMMANDS = {
+    "doctor": ("stretto.cli.doctor:doctor", "What works on this machine, and what to install."),
+}
+
+
+def build() -> App:
+    """The command tree; commands stay unimported until one is called."""
+    app = App(
+        name="stretto",
+        help="Make a large model run well on the devices at hand.",
+        version=stretto.__version__,
+        default_parameter=Parameter(negative=()),
+    )
+    for name, (target, line) in COMMANDS.items():
+        app.command(target, name=name, help=line)
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (`sys.argv` by default) and return its exit code."""
+    app = build()
+    try:
+        return app(
+            None if argv is None else list(argv),
+            exit_on_error=False,
+            result_action="return_int_as_exit_code_else_zero",
+        )
+    except CycloptsError:  # already printed by cyclopts, with the nearest valid name
+        return 2
+    except StrettoError as error:
+        _print_error(error)
+        return 2
+
+
+def _print_error(error: StrettoError) -> None:
+    from rich.console import Console  # a clean run never needs it
+    from rich.text import Text
+
+    # Text, not markup: messages hold brackets such as mesh["step"].
+    Console(stderr=True, soft_wrap=True).print(
+        Text.assemble((type(error).__name__, "bold red"), (f": {error}", "red"))
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
