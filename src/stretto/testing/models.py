@@ -1,0 +1,161 @@
+"""The matrix of tiny random-weight diffusers pipelines that exactness is tested on.
+
+Every case is a genuine diffusers pipeline class with seeded random weights, CPU float32, needing
+no file, no hub and no tokenizer. Reading the registry imports no diffusers; building a case does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from stretto.testing.tiny import unet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A pipeline, its scheduler and inputs as data, with the facts a step-parallel run needs.
+
+    `calls_per_step` is the largest number of denoiser calls in one call of `scheduler.step`
+    (skip-layer guidance uses it in some steps only). `guidance` says how branches are evaluated:
+    "batch" in one call with twice the rows, "calls" one after another, "none" a single branch.
+    `edits`: the pipeline changes latents between steps. `stochastic`: the scheduler draws noise
+    from the generator inside a step.
+    """
+
+    name: str
+    family: str
+    scheduler: str
+    build: Callable[[], Any]
+    inputs: Callable[[], dict]
+    steps: int = 8
+    output: str = "images"
+    calls_per_step: int = 1
+    guidance: Literal["batch", "calls", "none"] = "batch"
+    edits: bool = False
+    stochastic: bool = False
+    denoisers: tuple[str, ...] = ("unet",)
+
+    @property
+    def batched(self) -> bool:
+        """Whether guidance branches share one denoiser call."""
+        return self.guidance == "batch"
+
+    def pipeline(self):
+        """A fresh pipeline: two of them have equal weights and share nothing."""
+        return self.build()
+
+    def call(self, pipe, seed: int = 0, **overrides) -> torch.Tensor:
+        """One generation of `pipe` from a CPU generator seeded with `seed`, as one tensor.
+
+        `overrides` replace arguments of the pipeline call, `num_inference_steps` and `generator`
+        included. The tensor is the final latent where the pipeline can return it.
+        """
+        arguments = {
+            "num_inference_steps": self.steps,
+            **self.inputs(),
+            "generator": torch.Generator("cpu").manual_seed(seed),
+            **overrides,
+        }
+        return _tensor(getattr(pipe(**arguments), self.output))
+
+
+def _tensor(value) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value[0], torch.Tensor):
+        return torch.stack(list(value))
+    return torch.from_numpy(np.asarray(value))
+
+
+def _registry(*cases: Case) -> dict[str, Case]:
+    named = {case.name: case for case in cases}
+    assert len(named) == len(cases), "two cases share a name"
+    return named
+
+
+def _sd15(name: str, scheduler: str, inputs=unet.sd15_inputs, *, steps=8, facts=None, **build):
+    """A Stable Diffusion 1.5 case: `facts` are Case fields, `build` goes to the builder."""
+    return Case(
+        name=f"sd15-{name}",
+        family="sd15",
+        scheduler=scheduler,
+        build=partial(unet.sd15, scheduler, **build),
+        inputs=inputs,
+        steps=steps,
+        **(facts or {}),
+    )
+
+
+_NOISY = {"stochastic": True}
+_LEADING = {"set_alpha_to_one": False, "clip_sample": False}
+
+_SD15 = (
+    _sd15("ddim", "DDIMScheduler", **_LEADING),
+    _sd15("ddim-v", "DDIMScheduler", **_LEADING, prediction_type="v_prediction"),
+    _sd15("euler", "EulerDiscreteScheduler"),
+    _sd15("euler-karras", "EulerDiscreteScheduler", use_karras_sigmas=True),
+    _sd15("euler-ancestral", "EulerAncestralDiscreteScheduler", facts=_NOISY),
+    _sd15("ddpm", "DDPMScheduler", facts=_NOISY, clip_sample=False),
+    _sd15("dpm++2m", "DPMSolverMultistepScheduler"),
+    _sd15(
+        "sde-dpm++",
+        "DPMSolverMultistepScheduler",
+        facts=_NOISY,
+        algorithm_type="sde-dpmsolver++",
+    ),
+    _sd15("unipc", "UniPCMultistepScheduler"),
+    _sd15("deis", "DEISMultistepScheduler"),
+    _sd15("lms", "LMSDiscreteScheduler"),
+    _sd15("pndm", "PNDMScheduler", skip_prk_steps=True, set_alpha_to_one=False),
+    _sd15("heun", "HeunDiscreteScheduler"),
+    _sd15("kdpm2", "KDPM2DiscreteScheduler"),
+    _sd15("kdpm2-ancestral", "KDPM2AncestralDiscreteScheduler", facts=_NOISY),
+    _sd15("lcm", "LCMScheduler", facts=_NOISY),
+    _sd15(
+        "img2img",
+        "EulerDiscreteScheduler",
+        unet.img2img_inputs,
+        pipeline="StableDiffusionImg2ImgPipeline",
+    ),
+    _sd15(
+        "inpaint",
+        "DDIMScheduler",
+        unet.inpaint_inputs,
+        facts={"edits": True},
+        pipeline="StableDiffusionInpaintPipeline",
+        **_LEADING,
+    ),
+    _sd15(
+        "controlnet",
+        "UniPCMultistepScheduler",
+        unet.controlnet_inputs,
+        pipeline="StableDiffusionControlNetPipeline",
+        controlnet=True,
+    ),
+)
+
+_SDXL = tuple(
+    Case(
+        name=name,
+        family="sdxl",
+        scheduler="EulerDiscreteScheduler",
+        build=partial(unet.sdxl, "EulerDiscreteScheduler"),
+        inputs=inputs,
+    )
+    for name, inputs in (
+        ("sdxl-euler", unet.sdxl_inputs),
+        ("sdxl-denoising-end", unet.sdxl_cut_inputs),
+    )
+)
+
+CASES = _registry(*_SD15, *_SDXL)
+"""Cases of the exactness matrix by name."""
+
+OTHERS: dict[str, Case] = _registry()
+"""Further pipelines, for "any other diffusers pipeline", by name."""

@@ -1,0 +1,1 @@
+"""Builders of tiny random-weight diffusers pipelines, one file per kind of denoiser."""

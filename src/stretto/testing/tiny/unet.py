@@ -1,0 +1,134 @@
+"""Tiny image pipelines around UNet2DConditionModel: Stable Diffusion 1.5 kinds, SDXL, Kandinsky.
+
+Latents are 8x8 and images 16x16 (the VAE halves once).
+"""
+
+from __future__ import annotations
+
+from stretto.testing.tiny.parts import SD_SCHEDULE, assemble, draw, image_vae, make, picture, seeded
+
+SIZE = 16
+TOKENS, WIDTH = 6, 16
+
+_BLOCKS = {
+    "sample_size": SIZE // 2,
+    "block_out_channels": (4, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "attention_head_dim": 2,
+}
+_CROSS = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+
+
+def sd15(scheduler: str, pipeline: str = "StableDiffusionPipeline", controlnet=False, **config):
+    """A Stable Diffusion 1.5 pipeline class with the scheduler given by name and configuration."""
+    with seeded():
+        extra = {"controlnet": _controlnet()} if controlnet else {}
+        return assemble(
+            pipeline,
+            vae=image_vae(),
+            text_encoder=None,
+            tokenizer=None,
+            unet=make(
+                "UNet2DConditionModel",
+                in_channels=4,
+                out_channels=4,
+                cross_attention_dim=WIDTH,
+                **_BLOCKS,
+                **_CROSS,
+            ),
+            scheduler=make(scheduler, **{**SD_SCHEDULE, **config}),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            **extra,
+        )
+
+
+def _controlnet():
+    blocks = {key: value for key, value in _BLOCKS.items() if key != "sample_size"}
+    return make(
+        "ControlNetModel",
+        in_channels=4,
+        down_block_types=_CROSS["down_block_types"],
+        cross_attention_dim=WIDTH,
+        # The hint network halves once per further entry: 16x16 picture to 8x8 latent.
+        conditioning_embedding_out_channels=(2, 4),
+        **blocks,
+    )
+
+
+def sd15_inputs() -> dict:
+    """Ready embeddings for guided text-to-image."""
+    return {
+        "prompt_embeds": draw(1, 1, TOKENS, WIDTH),
+        "negative_prompt_embeds": draw(2, 1, TOKENS, WIDTH),
+        "guidance_scale": 5.0,
+        "output_type": "latent",
+    }
+
+
+def sized_inputs() -> dict:
+    """`sd15_inputs` with height and width, for pipelines that do not read the U-Net's size."""
+    return {**sd15_inputs(), "height": SIZE, "width": SIZE}
+
+
+def img2img_inputs() -> dict:
+    """`sd15_inputs` with a picture and a strength that skips the first steps."""
+    return {**sd15_inputs(), "image": picture(3, 1, 3, SIZE, SIZE), "strength": 0.75}
+
+
+def inpaint_inputs() -> dict:
+    """`sd15_inputs` with a picture whose right half is to be repainted."""
+    mask = picture(4, 1, 1, SIZE, SIZE).zero_()
+    mask[..., SIZE // 2 :] = 1.0
+    return {**sized_inputs(), "image": picture(3, 1, 3, SIZE, SIZE), "mask_image": mask}
+
+
+def controlnet_inputs() -> dict:
+    """`sd15_inputs` with a hint picture."""
+    return {**sized_inputs(), "image": picture(5, 1, 3, SIZE, SIZE)}
+
+
+def sdxl(scheduler: str, **config):
+    """StableDiffusionXLPipeline; time ids and pooled text enter through the added embedding."""
+    with seeded():
+        return assemble(
+            "StableDiffusionXLPipeline",
+            vae=image_vae(),
+            text_encoder=None,
+            text_encoder_2=None,
+            tokenizer=None,
+            tokenizer_2=None,
+            unet=make(
+                "UNet2DConditionModel",
+                in_channels=4,
+                out_channels=4,
+                cross_attention_dim=WIDTH,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=4,
+                # Six time ids of width 4 and the pooled text.
+                projection_class_embeddings_input_dim=6 * 4 + WIDTH,
+                **_BLOCKS,
+                **_CROSS,
+            ),
+            scheduler=make(scheduler, **{**SD_SCHEDULE, **config}),
+            add_watermarker=False,
+        )
+
+
+def sdxl_inputs() -> dict:
+    """`sd15_inputs` with pooled text embeddings."""
+    return {
+        **sized_inputs(),
+        "pooled_prompt_embeds": draw(3, 1, WIDTH),
+        "negative_pooled_prompt_embeds": draw(4, 1, WIDTH),
+    }
+
+
+def sdxl_cut_inputs() -> dict:
+    """`sdxl_inputs` that stop at 70 % of the noise: only a local list of the pipeline shortens."""
+    return {**sdxl_inputs(), "denoising_end": 0.7}
