@@ -67,7 +67,6 @@ class Plan(BaseModel):
         return repr(self)
 
 
-
 def _complaints(error: ValidationError, fields: dict) -> list[str]:
     """One sentence per wrong field; of a union only the branch whose kind was asked for."""
     asked = _kinds(fields)

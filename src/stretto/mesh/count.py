@@ -1,0 +1,47 @@
+"""A mesh that counts: every byte sent is recorded, to be held against what a plan declared."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+
+from stretto.mesh.mesh import Mesh, Pending
+from stretto.plan.traffic import Traffic
+
+
+class CountingMesh(Mesh):
+    """Wraps any mesh; `traffic` holds bytes sent by this rank, `calls` collectives per verb."""
+
+    def __init__(self, mesh: Mesh):
+        super().__init__(mesh.sizes, mesh.world_rank, mesh.device, mesh.timeout_s)
+        self.mesh = mesh
+        self.traffic = Traffic()
+        self.calls: Counter[str] = Counter()
+
+    def all_gather(self, tensor, axis, phase):
+        self._count(phase, "all_gather", axis, (self.size(axis) - 1) * _size(tensor))
+        return self.mesh.all_gather(tensor, axis, phase)
+
+    def broadcast(self, tensor, axis, src, phase):
+        copies = self.size(axis) - 1 if self.rank(axis) == src else 0
+        self._count(phase, "broadcast", axis, copies * _size(tensor))
+        return self.mesh.broadcast(tensor, axis, src, phase)
+
+    def permute(self, tensor, axis, moves: Mapping[int, int], phase) -> Pending:
+        copies = int(self.rank(axis) in moves)
+        self._count(phase, "permute", axis, copies * _size(tensor))
+        return self.mesh.permute(tensor, axis, moves, phase)
+
+    def record(self, stage, *, waiting=False):
+        self.mesh.record(stage, waiting=waiting)
+
+    def _count(self, phase: str, verb: str, axis: str | None, num_bytes: int) -> None:
+        if self.size(axis) > 1:
+            self.calls[verb] += 1
+            self.traffic.add(phase, verb, axis or "world", num_bytes)
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,161 @@
+"""Virtual ranks: threads of one process that take turns, so that one device can play many ranks.
+
+A rank runs only while it holds the turn and gives it up where it waits for others. Exactly one
+computes at a time, so shared modules need no locks and results do not depend on timing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from stretto import axes
+from stretto.errors import MeshTimeout, RankLost
+from stretto.mesh.mesh import TIMEOUT_S, Mesh, Pending
+
+
+class LocalWorld:
+    """The ranks of one process: hands out their meshes and runs a body on all of them."""
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        *,
+        device: torch.device | str = "cpu",
+        timeout_s: float = TIMEOUT_S,
+    ):
+        self.sizes = axes.ordered(sizes)
+        self.device = device
+        self.timeout_s = timeout_s
+        self.turn = threading.Condition()
+        self.slots: dict[tuple, dict[int, object]] = {}
+        self.readers: dict[tuple, int] = {}
+        self.failed: dict[int, BaseException] = {}
+        self.stages: dict[int, str] = {}
+
+    @property
+    def world_size(self) -> int:
+        return axes.world_size(self.sizes)
+
+    def mesh(self, rank: int) -> LocalMesh:
+        return LocalMesh(self, rank)
+
+    def run(self, body: Callable[[LocalMesh], object]) -> list:
+        """`body(mesh)` on every virtual rank; results in rank order, or the first rank's error."""
+        results: list = [None] * self.world_size
+
+        def work(rank: int) -> None:
+            with self.turn:
+                try:
+                    results[rank] = body(self.mesh(rank))
+                except BaseException as error:  # noqa: BLE001 - raised again by run()
+                    self.failed[rank] = error
+                finally:
+                    self.turn.notify_all()
+
+        threads = [
+            threading.Thread(target=work, args=(rank,), name=f"virtual-rank-{rank}", daemon=True)
+            for rank in range(self.world_size)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self._raise_first()
+        return results
+
+    def exchange(self, key: tuple, rank: int, value: object, members: int) -> dict[int, object]:
+        """Put a value under a key, wait until all members did, and return them all."""
+        slot = self.slots.setdefault(key, {})
+        slot[rank] = value
+        self.turn.notify_all()
+        self.wait_until(lambda: len(slot) == members, f"{key[0]} on axis {key[1]}", rank)
+        self.readers[key] = self.readers.get(key, 0) + 1
+        if self.readers[key] == members:
+            del self.slots[key], self.readers[key]
+        return slot
+
+    def wait_until(self, ready: Callable[[], bool], what: str, rank: int) -> None:
+        """Give up the turn until `ready()`, a peer's failure or the deadline."""
+        deadline = time.monotonic() + self.timeout_s
+        while not ready():
+            if self.failed:
+                names = "; ".join(f"rank {r}: {e!r}" for r, e in self.failed.items())
+                raise RankLost(f"rank {rank}: {what} cannot finish, lost: {names}")
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise MeshTimeout(
+                    f"rank {rank}: {what} did not finish within {self.timeout_s:g} s; "
+                    f"last records: {self.stages}"
+                )
+            self.turn.wait(left)
+
+    def _raise_first(self) -> None:
+        """Raise what went wrong first, not what followed from it."""
+        if not self.failed:
+            return
+        causes = [e for e in self.failed.values() if not isinstance(e, RankLost)]
+        raise (causes or list(self.failed.values()))[0]
+
+
+class LocalMesh(Mesh):
+    """One virtual rank's view of a `LocalWorld`."""
+
+    def __init__(self, world: LocalWorld, rank: int):
+        super().__init__(world.sizes, rank, world.device, world.timeout_s)
+        self.world = world
+        self._counts: dict[tuple, int] = {}
+
+    def all_gather(self, tensor, axis, phase):
+        if self.size(axis) == 1:
+            return Pending(lambda: [tensor])
+        key = self._key("all_gather", axis)
+        sent = tensor.clone()
+
+        def finish():
+            slot = self.world.exchange(key, self.rank(axis), sent, self.size(axis))
+            return [slot[position] for position in range(self.size(axis))]
+
+        return Pending(finish)
+
+    def broadcast(self, tensor, axis, src, phase):
+        if self.size(axis) == 1:
+            return Pending(lambda: tensor)
+        key = self._key("broadcast", axis)
+        sent = tensor.clone() if self.rank(axis) == src else None
+
+        def finish():
+            slot = self.world.exchange(key, self.rank(axis), sent, self.size(axis))
+            if sent is None:
+                tensor.copy_(slot[src])
+            return tensor
+
+        return Pending(finish)
+
+    def permute(self, tensor, axis, moves, phase):
+        here = self.rank(axis)
+        for src, dst in moves.items():
+            key = self._key(f"permute {src}-{dst}", axis)
+            if here == src:
+                self.world.slots[key] = {src: tensor.clone()}
+                self.world.turn.notify_all()
+            elif here == dst:
+                return Pending(lambda key=key, src=src: self._receive(key, src))
+        return Pending(lambda: None)
+
+    def record(self, stage, *, waiting=False):
+        self.world.stages[self.world_rank] = stage
+
+    def _receive(self, key: tuple, src: int) -> torch.Tensor:
+        slots = self.world.slots
+        self.world.wait_until(lambda: key in slots, f"{key[0]} on {key[1]}", self.world_rank)
+        return slots.pop(key)[src]
+
+    def _key(self, verb: str, axis: str | None) -> tuple:
+        """Names the next collective of this verb in this group, the same on all its ranks."""
+        group = (verb, axis, tuple(self.peers(axis)))
+        self._counts[group] = self._counts.get(group, 0) + 1
+        return (*group, self._counts[group])
