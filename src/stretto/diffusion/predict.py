@@ -1,0 +1,212 @@
+"""Guesses of guided predictions that a step rank has not computed: extrapolation in noise.
+
+A predictor sees the true guided predictions g_0, g_1, ... in step order, each with its noise
+fraction s, and guesses the next ones: horizon h = 1 is the step right after the last known one.
+All arithmetic is a fixed sequence of tensor operations, so ranks that hold the same history on
+the same kind of device hold the same bits.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stretto.errors import ConfigError
+from stretto.plan.options import PREDICTORS
+
+# Damping before the first fit of a horizon: between repeating (0) and the undamped line (1).
+# Borrowing the fit of a nearer horizon instead cost up to 13 dB (10 Gaussians in 64 dimensions,
+# N 50, p 8, five exact steps first; float64, naive.py): nearer horizons are damped less.
+_UNFITTED = 0.5
+
+
+class Extrapolation:
+    """Polynomial of `order` in s through the newest predictions, damped towards the newest one.
+
+    guess = g_last + b_h * (extrapolation - g_last), of lower order while fewer predictions are
+    known. b_h, one number per horizon, is 1 undamped, stored, or fitted by least squares to what
+    the last window that reached horizon h turned out to be (0.5 before, clipped to [0, 1]).
+    Exact for predictions that are polynomials of `order` in s (undamped); order 0 repeats.
+    Predictions are kept by reference, order + 1 of them and as many more for the fit.
+    Source: design brief of step parallelism, section 5.7.
+    """
+
+    needs_own_output = False
+
+    def __init__(self, order: int, damping: Sequence[float] | None = None, fitted: bool = False):
+        self._order = order
+        self._stored = None if damping is None else tuple(map(float, damping))
+        self._is_fitted = fitted
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: a new generation starts."""
+        self._known: list[tuple[float, Tensor]] = []
+        self._base: list[tuple[float, Tensor]] = []
+        self._past_base = 0
+        self._num_appended = 0
+        self._fits: dict[int, Tensor] = {}
+
+    @property
+    def damping(self) -> dict[int, float]:
+        """Damping in force per horizon, stored or fitted so far (waits for the device)."""
+        if self._stored is not None:
+            return dict(enumerate(self._stored, start=1))
+        return {horizon: float(fit) for horizon, fit in sorted(self._fits.items())}
+
+    def append(self, s: float, g: Tensor) -> None:
+        """Take the next true guided prediction, any shape and floating dtype, at noise s.
+
+        It replaces a known one at the same s (the stages of Heun's method share one): the newer
+        belongs to the truer latents, and extrapolation divides by differences of s.
+        """
+        self._num_appended += 1
+        self._past_base += 1
+        if self._is_fitted and len(self._base) == 2:
+            self._fit(s, g)
+        others = [entry for entry in self._known if entry[0] != s]
+        self._known = [*others, (s, g)][-(self._order + 1) :]
+        if self._is_fitted and len(self._base) < 2:
+            # Too early to fit from what preceded the window: fit from its own first predictions.
+            self._rebase()
+
+    def close_window(self, start: int, size: int) -> None:
+        """Note that steps start .. start + size - 1 have been appended: the next fit starts here.
+
+        To be called after every window, exact steps included, on every rank.
+        """
+        assert self._num_appended == start + size, (
+            f"window {start}+{size} closes, but {self._num_appended} predictions were appended"
+        )
+        self._rebase()
+
+    def guess(self, s: float, horizon: int, *, own_output: Tensor | None = None) -> Tensor:
+        """Guess of the prediction `horizon` >= 1 steps after the last known one, at noise s.
+
+        Returns a tensor of its shape and dtype; sums are float32 (float64 for float64).
+        own_output is ignored. Needs one appended prediction.
+        Raises ConfigError if the stored damping ends before `horizon`.
+        """
+        assert self._known, "the first step of a run is exact: nothing is known to guess from"
+        last = self._known[-1][1]
+        change = _change(self._known, s)
+        if change is None:
+            return last
+        if self._stored is not None or self._is_fitted:
+            change = change * self._damping_at(horizon)
+        return (last.to(change.dtype) + change).to(last.dtype)
+
+    def _damping_at(self, horizon: int) -> Tensor | float:
+        if self._stored is None:
+            return self._fits.get(horizon, _UNFITTED)
+        if horizon > len(self._stored):
+            raise ConfigError(
+                f"stored damping has {len(self._stored)} horizons, a window asks for {horizon}\n"
+                "  why: it was made for a smaller step degree\n"
+                f"  to fix: calibrate for a degree of at least {horizon + 1}, or leave damping out"
+            )
+        return self._stored[horizon - 1]
+
+    def _rebase(self) -> None:
+        self._base, self._past_base = list(self._known), 0
+
+    def _fit(self, s: float, g: Tensor) -> None:
+        """Least squares for b in g = g_last + b * change, seen from the predictions in _base."""
+        change = _change(self._base, s)
+        if change is None:
+            return
+        actual = g.to(change.dtype) - self._base[-1][1].to(change.dtype)
+        square = (change * change).sum()
+        fit = ((change * actual).sum() / square).clamp(0, 1)
+        # No branch on a device value: it would wait for the device once per step.
+        earlier = self._fits.get(self._past_base, torch.full_like(fit, _UNFITTED))
+        self._fits[self._past_base] = torch.where(square > 0, fit, earlier)
+
+
+class OwnOutput:
+    """The published guess: the rank's own last output, which the pipeline itself recombined.
+
+    Holds nothing; the caller feeds the pipeline the remembered raw output and hands over the
+    guided prediction that came out of it.
+    Source: ParaStep, NeurIPS 2025 (arXiv 2505.14741).
+    """
+
+    needs_own_output = True
+    damping: dict[int, float] = {}  # noqa: RUF012 - same attribute as Extrapolation, always empty
+
+    def reset(self) -> None:
+        """Nothing is held."""
+
+    def append(self, s: float, g: Tensor) -> None:
+        """Nothing is held."""
+
+    def close_window(self, start: int, size: int) -> None:
+        """Nothing is held."""
+
+    def guess(self, s: float, horizon: int, *, own_output: Tensor | None = None) -> Tensor:
+        """Return own_output, the recombined guided prediction of this position."""
+        assert own_output is not None, "predictor own: the caller recombines the remembered output"
+        return own_output
+
+
+Predictor = Extrapolation | OwnOutput
+
+
+def make_predictor(name: str, damping: Sequence[float] | None = None) -> Predictor:
+    """Predictor by name: damped, repeat, own, taylor-1, taylor-2 or taylor-3.
+
+    damping[h - 1] in [0, 1] is the stored damping of horizon h, for `damped` only; None or empty
+    fits it online.
+    Raises ConfigError for an unknown name or a damping that cannot be used.
+    """
+    if name not in PREDICTORS:
+        raise ConfigError(_unknown(name))
+    if damping is not None and len(damping) > 0:
+        _check_damping(name, damping)
+        return Extrapolation(1, damping=damping)
+    if name == "own":
+        return OwnOutput()
+    if name == "damped":
+        return Extrapolation(1, fitted=True)
+    return Extrapolation(0 if name == "repeat" else int(name.removeprefix("taylor-")))
+
+
+def _change(known: Sequence[tuple[float, Tensor]], s: float) -> Tensor | None:
+    """Polynomial through all of `known` (distinct abscissas) at s, less the newest; None: zero.
+
+    Lagrange weights sum to 1, so differences from the newest prediction carry all of it and a
+    constant is reproduced bitwise.
+    """
+    *earlier, (_, last) = known
+    dtype = torch.promote_types(last.dtype, torch.float32)
+    total = None
+    for index, (own_s, g) in enumerate(earlier):
+        others = [other for at, (other, _) in enumerate(known) if at != index]
+        weight = math.prod((s - other) / (own_s - other) for other in others)
+        part = (g.to(dtype) - last.to(dtype)) * weight
+        total = part if total is None else total + part
+    return total
+
+
+def _check_damping(name: str, damping: Sequence[float]) -> None:
+    if name != "damped":
+        raise ConfigError(
+            f"predictor {name!r} takes no stored damping, {len(damping)} values were given\n"
+            "  to fix: predictor 'damped', or leave the damping out"
+        )
+    for horizon, value in enumerate(damping, start=1):
+        if not 0.0 <= value <= 1.0:
+            raise ConfigError(
+                f"damping of horizon {horizon} is {value}, outside [0, 1]\n"
+                "  why: 0 repeats the newest prediction, 1 follows the line"
+            )
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, PREDICTORS, n=1)
+    hint = f"\n  to fix: {near[0]!r} is the nearest" if near else ""
+    return f"predictor {name!r} is unknown; known are {', '.join(PREDICTORS)}{hint}"
