@@ -5,10 +5,29 @@ no torch. What is not in `__all__` is not API.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stretto import errors, testing
+    from stretto.diffusion.api import parallelized
+    from stretto.mesh.mesh import Mesh, init_mesh
+    from stretto.plan.model import Plan
+    from stretto.plan.options import Guidance, Steps
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "Guidance",
+    "Mesh",
+    "Plan",
+    "Steps",
+    "errors",
+    "init_mesh",
+    "parallelized",
+    "testing",
+]
+
+#: Where each public name lives; a name that is itself a module has no entry.
 _HOMES = {
     "Guidance": "stretto.plan.options",
     "Mesh": "stretto.mesh.mesh",
@@ -17,20 +36,17 @@ _HOMES = {
     "init_mesh": "stretto.mesh.mesh",
     "parallelized": "stretto.diffusion.api",
 }
-_MODULES = ("errors", "testing")
-
-__all__ = sorted([*_HOMES, *_MODULES])  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"stretto.{name}")
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'stretto' has no attribute {name!r}")
+    if name not in _HOMES:
+        return import_module(f"stretto.{name}")
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Mirrors src/stretto. Packages, so that rank processes can import test bodies."""

@@ -1,0 +1,37 @@
+"""Commands and their flags, frozen: a new one is a decision, made here and in the docs."""
+
+from stretto.cli.app import COMMANDS, build
+
+SURFACE = {
+    "doctor": {"--json"},
+}
+
+
+def flags(app):
+    """Names of all parameters of a command, positional ones by their upper-case name."""
+    collection = app.assemble_argument_collection(default_parameter=build().default_parameter)
+    return {name for argument in collection for name in argument.names}
+
+
+def commands(app, prefix=""):
+    """Every command below an app by its full name; apps without a command of their own too."""
+    for name in app:
+        if name.startswith("-"):
+            continue
+        yield (prefix + name, app[name])
+        yield from commands(app[name], prefix + name + " ")
+
+
+def test_surface_is_frozen():
+    found = {name: flags(app) for name, app in commands(build()) if app.default_command}
+    assert found == SURFACE
+
+
+def test_every_command_speaks_json():
+    assert [name for name, names in SURFACE.items() if "--json" not in names] == []
+
+
+def test_every_command_of_the_table_has_a_line():
+    for target, line in COMMANDS.values():
+        assert target.startswith("stretto.cli.")
+        assert line.endswith(".")
