@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -51,15 +52,17 @@ def watch(case, pipe):
         seen.rows.append(_rows(args, kwargs))
 
     step = pipe.scheduler.step
+    signature = inspect.signature(step)
 
     @functools.wraps(step)
-    def watched(output, t, sample, *args, **kwargs):
+    def watched(*args, **kwargs):
+        sample = signature.bind(*args, **kwargs).arguments["sample"]
         seen.calls.append(seen.pending)
         seen.pending = 0
         if seen.last is not None and not torch.equal(sample, seen.last.to(sample.dtype)):
             seen.edited = True
         before = _random_state(args, kwargs)
-        result = step(output, t, sample, *args, **kwargs)
+        result = step(*args, **kwargs)
         after = _random_state(args, kwargs)
         seen.drew |= not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         seen.last = result[0].clone()

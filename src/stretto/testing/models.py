@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from stretto.testing.tiny import unet
+from stretto.testing.tiny import audio, transformer, unet, video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +154,162 @@ _SDXL = tuple(
     )
 )
 
-CASES = _registry(*_SD15, *_SDXL)
+_FLOW = "FlowMatchEulerDiscreteScheduler"
+_UNIPC = "UniPCMultistepScheduler"
+
+
+def _case(name: str, scheduler: str, build, inputs, *, facts=None, **config):
+    """A case of another family: `build` takes the scheduler name and `config`."""
+    return Case(
+        name=name,
+        family=build.__name__,
+        scheduler=scheduler,
+        build=partial(build, scheduler, **config),
+        inputs=inputs,
+        **{"denoisers": ("transformer",), **(facts or {})},
+    )
+
+
+_CALLS = {"guidance": "calls", "calls_per_step": 2}
+_VIDEO = {"output": "frames"}
+_FLUX_SHIFT = {"shift": 3.0, "use_dynamic_shifting": True}
+_COG = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "snr_shift_scale": 3.0,
+    "timestep_spacing": "trailing",
+}
+_WAN_UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+
+_IMAGE = (
+    _case("sd3-flow", _FLOW, transformer.sd3, transformer.sd3_inputs, shift=3.0),
+    _case(
+        "sd3-skip-layer",
+        _FLOW,
+        transformer.sd3,
+        transformer.sd3_skip_inputs,
+        facts={"calls_per_step": 2},
+        shift=3.0,
+    ),
+    _case(
+        "flux-distilled",
+        _FLOW,
+        transformer.flux,
+        transformer.flux_inputs,
+        facts={"guidance": "none"},
+        **_FLUX_SHIFT,
+    ),
+    _case(
+        "flux-true-cfg",
+        _FLOW,
+        transformer.flux,
+        transformer.flux_cfg_inputs,
+        facts=_CALLS,
+        **_FLUX_SHIFT,
+    ),
+    _case(
+        "qwen-image",
+        _FLOW,
+        transformer.qwen,
+        transformer.qwen_inputs,
+        facts=_CALLS,
+        shift_terminal=0.02,
+        use_dynamic_shifting=True,
+    ),
+)
+
+_WAN = {**_VIDEO, **_CALLS}
+_MOVING = (
+    _case("wan-unipc", _UNIPC, video.wan, video.wan_inputs, facts=_WAN, **_WAN_UNIPC),
+    _case("wan-flow", _FLOW, video.wan, video.wan_inputs, facts=_WAN, shift=3.0),
+    _case(
+        "wan22-two-transformers",
+        _UNIPC,
+        video.wan,
+        video.wan22_inputs,
+        facts={**_WAN, "denoisers": ("transformer", "transformer_2")},
+        boundary_ratio=0.7,
+        **_WAN_UNIPC,
+    ),
+    _case(
+        "cogvideox-ddim",
+        "CogVideoXDDIMScheduler",
+        video.cogvideox,
+        video.cogvideox_inputs,
+        facts=_VIDEO,
+        **_COG,
+    ),
+    _case(
+        "cogvideox-dpm",
+        "CogVideoXDPMScheduler",
+        video.cogvideox,
+        video.cogvideox_dynamic_inputs,
+        facts={**_VIDEO, "stochastic": True},
+        **_COG,
+    ),
+    _case(
+        "svd",
+        "EulerDiscreteScheduler",
+        video.svd,
+        video.svd_inputs,
+        facts={**_VIDEO, "denoisers": ("unet",)},
+        prediction_type="v_prediction",
+        use_karras_sigmas=True,
+        sigma_min=0.002,
+        sigma_max=700.0,
+        timestep_spacing="leading",
+        timestep_type="continuous",
+    ),
+    _case(
+        "latte",
+        "DDIMScheduler",
+        video.latte,
+        video.latte_inputs,
+        facts=_VIDEO,
+        clip_sample=False,
+    ),
+    _case(
+        "audioldm2",
+        "DDIMScheduler",
+        audio.audioldm2,
+        audio.audioldm2_inputs,
+        facts={"output": "audios", "denoisers": ("unet",)},
+        **_LEADING,
+    ),
+)
+
+CASES = _registry(*_SD15, *_SDXL, *_IMAGE, *_MOVING)
 """Cases of the exactness matrix by name."""
 
-OTHERS: dict[str, Case] = _registry()
+OTHERS = _registry(
+    _case("ltx", _FLOW, video.ltx, video.ltx_inputs, facts=_VIDEO, **_FLUX_SHIFT),
+    _case(
+        "hunyuan-video",
+        _FLOW,
+        video.hunyuan,
+        video.hunyuan_inputs,
+        facts={**_VIDEO, "guidance": "none"},
+        shift=7.0,
+    ),
+    _case(
+        "pixart-sigma", "DPMSolverMultistepScheduler", transformer.pixart, transformer.pixart_inputs
+    ),
+    _case("sana", _FLOW, transformer.sana, transformer.sana_inputs, shift=3.0),
+    _case("lumina2", _FLOW, transformer.lumina2, transformer.lumina2_inputs, facts=_CALLS),
+    _case("auraflow", _FLOW, transformer.auraflow, transformer.auraflow_inputs, shift=1.73),
+    _case("dit", "DDIMScheduler", transformer.dit, transformer.dit_inputs),
+    _case(
+        "stable-audio",
+        "EDMDPMSolverMultistepScheduler",
+        audio.stable_audio,
+        audio.stable_audio_inputs,
+        facts={"output": "audios"},
+        prediction_type="v_prediction",
+        sigma_data=1.0,
+        sigma_schedule="exponential",
+    ),
+)
 """Further pipelines, for "any other diffusers pipeline", by name."""
