@@ -1,0 +1,1 @@
+"""Denoising on several devices: guidance and steps in parallel, for any diffusers pipeline."""
