@@ -4,8 +4,6 @@ denoise(x, i) is the guided prediction of step i, step(x, g, i) the latents afte
 Schedules return the true latents x_0 .. x_N. Step i has noise fraction noise[i], all distinct.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import numpy as np

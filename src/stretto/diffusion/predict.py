@@ -136,7 +136,11 @@ class OwnOutput:
     """
 
     needs_own_output = True
-    damping: dict[int, float] = {}  # noqa: RUF012 - same attribute as Extrapolation, always empty
+
+    @property
+    def damping(self) -> dict[int, float]:
+        """No damping: always empty."""
+        return {}
 
     def reset(self) -> None:
         """Nothing is held."""
