@@ -42,5 +42,13 @@ docs:
 	$(BIN)/python docs/render.py --check
 	$(PYTEST) tests/test_docs.py
 
+# The wheel alone in a fresh environment, its dependencies borrowed from .venv through a path
+# file (which does not bring .venv's editable stretto along).
 build:
+	rm -rf dist build
 	$(BIN)/pip wheel -q --no-deps -w dist .
+	$(BIN)/python -m venv build/clean
+	build/clean/bin/pip install -q --no-deps dist/*.whl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$(echo build/clean/lib/python*/site-packages)/borrowed.pth
+	cd build && clean/bin/stretto --version && clean/bin/python ../tests/wheel.py

@@ -85,11 +85,27 @@ def test_the_bound_on_torch_is_the_declared_one():
     assert declared == [f"torch>={'.'.join(map(str, doctor.OLDEST_TORCH))}"]
 
 
-def test_the_way_out_lists_what_the_extra_declares():
+def test_the_way_out_installs_what_is_missing_of_the_extra(monkeypatch):
+    assert doctor._install("diffusion") == ""
+    installed = doctor._version
+    monkeypatch.setattr(
+        doctor, "_version", lambda name: None if name == "diffusers" else installed(name)
+    )
     command = doctor._install("diffusion")
-    assert command.startswith(f"{sys.executable} -m pip install")
-    assert "'diffusers>=" in command
-    assert "pytest" not in command
+    assert command.startswith(f"{sys.executable} -m pip install 'diffusers>=")
+    assert "transformers" not in command
+
+
+def test_the_first_cause_is_shown():
+    """diffusers wraps what its lazy modules raise in a text that names no cause."""
+
+    def run():
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist")
+        except RuntimeError as error:
+            raise RuntimeError("look up to see its traceback") from error
+
+    assert Trial("generate images", run, "").check().seen.startswith("operator torchvision")
 
 
 def test_missing_bytecode_is_warned_about(monkeypatch, tmp_path):

@@ -70,7 +70,7 @@ class Trial:
         except Unmet as unmet:
             seen, fix = str(unmet), self.fix if unmet.fix is None else unmet.fix
         except (ImportError, RuntimeError, OSError, AttributeError) as error:
-            seen, fix = str(error).strip(), self.fix
+            seen, fix = str(_root(error)).strip(), self.fix
         return Check(self.name, False, seen.partition("\n")[0], fix, self.essential)
 
 
@@ -256,6 +256,13 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def _root(error: BaseException) -> BaseException:
+    """The first error of a chain; lazy modules report only that something went wrong."""
+    while before := error.__cause__ or error.__context__:
+        error = before
+    return error
+
+
 def _distribution(requirement: str) -> str:
     """`torch` of `torch>=2.11`."""
     return re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
@@ -266,8 +273,12 @@ def _pip(*arguments: str) -> str:
 
 
 def _install(extra: str) -> str:
-    """The command that installs what an extra lists, whichever way stretto itself came here."""
-    return _pip("install", *requirements().get(extra, []))
+    """The command that installs what is missing of an extra, however stretto itself came here.
+
+    Empty when nothing is missing: then something else is broken, and installing mends nothing.
+    """
+    missing = [r for r in requirements().get(extra, []) if _version(_distribution(r)) is None]
+    return _pip("install", *missing) if missing else ""
 
 
 def trials() -> tuple[Trial, ...]:

@@ -1,0 +1,77 @@
+"""Documentation that runs: fenced examples, links, generated pages, the tree of the README."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+from pytest_examples import CodeExample, EvalExample, find_examples
+
+ROOT = Path(__file__).parent.parent
+WRITTEN = ["README.md", "CONTRIBUTING.md", "docs/learn", "docs/guides", "docs/concepts"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def render():
+    """docs/render.py as a module; it is a script and belongs to no package."""
+    spec = importlib.util.spec_from_file_location("render", ROOT / "docs/render.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("example", list(find_examples(*(ROOT / p for p in WRITTEN))), ids=str)
+def test_fenced_python_runs(example: CodeExample, eval_example: EvalExample):
+    eval_example.run(example)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_tree_of_the_readme_exists():
+    """Every path of the annotated tree, folders by their indentation."""
+    block = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    folders, missing = {}, []
+    for line in block[1].splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        folders[depth] = folders.get(depth - 1, ROOT) / name
+        if not folders[depth].exists():
+            missing.append(str(folders[depth].relative_to(ROOT)))
+    assert folders
+    assert missing == []
+
+
+def test_a_result_is_rendered_with_its_basis_and_all_rows(render):
+    page = render.measured([json.loads(RESULT)])
+    assert "- basis: measured" in page
+    assert "| ours | 4.11 (4.09 to 4.15, n = 3) | 50331648 |" in page
+    assert "| peer 1.2 | 5.045 (5.02 to 5.07, n = 2) |  |" in page
+    assert "| bytes_match | yes |" in page
+
+
+def test_without_results_the_page_says_so(render):
+    assert "No result is recorded yet" in render.measured([])
+
+
+def test_a_stale_page_is_noticed(render, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(render, "DOCS", tmp_path)
+    monkeypatch.setattr(render, "pages", lambda: {"measured.md": "new"})
+    assert render.main(["--check"]) == 1
+    assert "docs/measured.md is stale" in capsys.readouterr().err
+    assert render.main([]) == 0
+    assert render.main(["--check"]) == 0
+
+
+RESULT = """
+{"stretto": "result/1", "case": "attention/ring-4", "basis": "measured", "device": "a machine",
+ "command": "stretto bench", "commit": "0f3c9e1", "versions": {"torch": "2.11"}, "load": 0.4,
+ "rows": [{"who": "ours", "ms": [4.11, 4.09, 4.15], "bytes_per_rank": 50331648},
+          {"who": "peer 1.2", "ms": [5.02, 5.07]}],
+ "summary": {"ratio_median": 1.22, "bytes_match": true}}
+"""
