@@ -27,18 +27,18 @@ def test_json_of_this_machine(capsys):
     assert report["libraries"]["dev"]["pytest"] == pytest.__version__
     works = {check["name"]: check["works"] for check in report["checks"]}
     assert works["torch"]
-    assert works["ranks in processes"]
+    assert works["ranks over gloo"]
     assert works["generate images"]
 
 
 def test_an_essential_failure_is_exit_1_with_the_command_that_mends_it(monkeypatch, capsys):
-    broken = Trial("torch", failing(OSError("libc10.so: no such file\nmore")), "mend it", True)
+    broken = Trial("torch", failing(OSError("libc10.so: no such file\nmore")), "replace it", True)
     monkeypatch.setattr(doctor, "trials", lambda: (broken,))
     assert app.main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "libc10.so: no such file" in out
     assert "more" not in out
-    assert "to install: mend it" in out
+    assert "to mend: replace it" in out
 
 
 def test_an_absent_extra_is_no_illness():
