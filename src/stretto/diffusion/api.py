@@ -1,0 +1,166 @@
+"""Run a diffusers pipeline under a plan: on ranks, or on virtual ranks of one process."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from stretto.diffusion.calibration import resolved
+from stretto.diffusion.hooks import Attachment
+from stretto.diffusion.predict import Predictor
+from stretto.errors import PlanMismatch, UnsupportedPipeline
+from stretto.mesh.local import LocalMesh, LocalWorld
+from stretto.mesh.mesh import TIMEOUT_S, Mesh
+from stretto.plan.io import read_plan
+from stretto.plan.model import Plan
+
+
+@contextmanager
+def parallelized(
+    pipe: Any,
+    plan: Plan | str | os.PathLike[str],
+    *,
+    mesh: Mesh,
+    denoiser: str | None = None,
+    predictor: Predictor | None = None,
+    debug: bool = False,
+) -> Iterator[Attachment]:
+    """Inside the context, calls of a diffusers pipeline run under `plan` on the mesh's ranks.
+
+    Every rank makes the same call and gets the same result. cfg is exact (up to the round-off of
+    smaller batches, bitwise for whole calls); windows of several steps are approximate, with the
+    error of every guess in `.report`. `plan` may be a plan file. `denoiser` names the component
+    to hook in an unknown pipeline. `predictor` replaces the plan's by an object of yours with the
+    methods of `predict.Extrapolation`. `debug` compares a hash of the latents at every window.
+    Leaving restores the pipeline, also after an exception; two pipelines may be inside at once.
+    Yields an Attachment: `.report` after a call, `.provisional` inside callbacks.
+    Raises PlanMismatch, UnsupportedPipeline before any call; in a call LatentsEdited,
+    SplitMismatch, IncompleteWindow, HookDisplaced, NonFinite, RanksDisagree, RankLost.
+    Source: ParaStep, NeurIPS 2025 (arXiv 2505.14741), section 3; classifier-free guidance over
+    ranks as in xDiT (arXiv 2411.01738), section 3.
+    """
+    chosen = resolved(plan if isinstance(plan, Plan) else read_plan(plan), pipe)
+    if dict(chosen.sizes) != dict(mesh.sizes):
+        raise PlanMismatch(
+            f"the plan has {_axes(chosen.sizes)}, the mesh {_axes(mesh.sizes)}; "
+            "make the mesh with init_mesh(plan)"
+        )
+    options = {"denoiser": denoiser, "predictor": predictor, "debug": debug}
+    attachment = Attachment(pipe, chosen, mesh, **options).attach()
+    try:
+        yield attachment
+    finally:
+        attachment.detach()
+
+
+@contextmanager
+def emulate(
+    pipe: Any,
+    plan: Plan | str | os.PathLike[str],
+    *,
+    denoiser: str | None = None,
+    predictors: Sequence[Predictor] | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> Iterator[Emulation]:
+    """Like `parallelized`, with all ranks played in turn by this process, on one device.
+
+    The same code decides the same things, so the result is bitwise that of real ranks on the same
+    kind of device; only the time is not. Yields an Emulation with `.report` (rank 0) and
+    `.reports`. `predictors`, one per rank, replace the plan's. A stochastic scheduler needs an explicit generator: UnsupportedPipeline.
+    """
+    chosen = resolved(plan if isinstance(plan, Plan) else read_plan(plan), pipe)
+    plain = type(pipe)
+    emulation = Emulation(pipe, chosen, denoiser, predictors, timeout_s)
+
+    class Emulated(plain):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return emulation.call(plain.__call__, *args, **kwargs)
+
+    Emulated.__name__, Emulated.__qualname__ = plain.__name__, plain.__qualname__
+    Emulated.__module__ = plain.__module__
+    pipe.__class__ = Emulated
+    try:
+        yield emulation
+    finally:
+        pipe.__class__ = plain
+
+
+class Emulation:
+    """Virtual ranks around one pipeline: each has its own scheduler, all share the modules."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        plan: Plan,
+        denoiser: str | None,
+        predictors: Sequence[Predictor] | None,
+        timeout_s: float,
+    ):
+        self.pipe = pipe
+        self.plan = plan
+        self.denoiser = denoiser
+        self.predictors = predictors
+        self.timeout_s = timeout_s
+        self.plain = type(pipe)
+        self.reports: list = []
+
+    @property
+    def report(self):
+        return self.reports[0]
+
+    def call(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """The call on every virtual rank; rank 0's result, and its generators' final states."""
+        before = torch.get_rng_state()
+        world = LocalWorld(self.plan.sizes, timeout_s=self.timeout_s)
+        outcomes = world.run(lambda mesh: self._rank(mesh, original, args, kwargs))
+        if not torch.equal(before, torch.get_rng_state()):
+            raise UnsupportedPipeline(
+                "this call drew from the default random generator, which virtual ranks share; "
+                "pass generator=torch.Generator().manual_seed(...)"
+            )
+        self.reports = [report for _, report in outcomes]
+        return outcomes[0][0]
+
+    def _rank(self, mesh: LocalMesh, original: Any, args: tuple, kwargs: dict) -> tuple:
+        pipe = self._clone(mesh.world_rank)
+        if mesh.world_rank:
+            args, kwargs = _own_generators(args), _own_generators(kwargs)
+        predictor = self.predictors[mesh.world_rank] if self.predictors else None
+        options = {"denoiser": self.denoiser, "predictor": predictor}
+        attachment = Attachment(pipe, self.plan, mesh, **options).attach()
+        try:
+            return attachment.call(original, *args, **kwargs), attachment.report
+        finally:
+            attachment.detach()
+
+    def _clone(self, rank: int) -> Any:
+        """A pipeline with its own scheduler and module objects over the same parameters."""
+        clone = copy.copy(self.pipe)
+        clone.__class__ = self.plain
+        clone.scheduler = copy.deepcopy(self.pipe.scheduler)
+        for name, value in self.pipe.components.items():
+            if isinstance(value, torch.nn.Module):
+                vars(clone)[name] = copy.copy(value)
+        if rank:
+            clone._progress_bar_config = {"disable": True}
+        return clone
+
+
+def _own_generators(value: Any) -> Any:
+    """The same arguments with generators of this virtual rank's own."""
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    if isinstance(value, dict):
+        return {key: _own_generators(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_own_generators(item) for item in value)
+    return value
+
+
+def _axes(sizes: Any) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items())

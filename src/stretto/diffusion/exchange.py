@@ -1,0 +1,130 @@
+"""One message per window position: a fixed header and the raw bytes of a guided prediction."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stretto.errors import NonFinite, RanksDisagree
+from stretto.mesh.mesh import Mesh
+from stretto.plan.options import HEADER_BYTES
+
+_MAGIC = b"STRETTO1"
+#: magic, rank, window start, window size, number of dims, dtype and device names, hash, interrupt.
+_LAYOUT = struct.Struct("<8sIIII16s16s16sB")
+_MAX_DIMS = 8
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a message says of itself. `digest` is 16 bytes of the window's first latents, or 0."""
+
+    rank: int
+    start: int
+    size: int
+    dtype: str
+    device: str
+    shape: tuple[int, ...]
+    digest: bytes
+    interrupted: bool
+
+
+def gather(
+    mesh: Mesh, guided: Tensor | None, like: Tensor, header: Header
+) -> tuple[list[Tensor], list[Header]]:
+    """Guided predictions of all positions of a window, in order, and their headers.
+
+    `guided` is this rank's own, None where the window has no position for it; `like` has the
+    shape and dtype of all. Sends Steps.wire(case) bytes. Raises NonFinite, RanksDisagree.
+    """
+    own = mesh.rank("step")
+    if guided is not None:
+        check_finite(guided, mesh.world_rank, header.start + own)
+    message = _packed(like if guided is None else guided, header)
+    if header.size == mesh.size("step"):
+        parts = mesh.all_gather(message, "step", "window").wait()
+    else:
+        parts = [
+            mesh.broadcast(message.clone(), "step", owner, "window").wait()
+            for owner in range(header.size)
+        ]
+    headers = [_read_header(part) for part in parts]
+    _check(headers, header, own)
+    return [_unpacked(part, like) for part in parts], headers
+
+
+def check_finite(guided: Tensor, rank: int, step: int) -> None:
+    """Raise NonFinite for a prediction that would poison every rank's latents."""
+    if not bool(torch.isfinite(guided).all()):
+        raise NonFinite(
+            f"rank {rank}: the prediction of step {step} holds NaN or infinity; "
+            "use a wider dtype (bfloat16 or float32) or a smaller guidance scale"
+        )
+
+
+def digest(*tensors: Tensor) -> bytes:
+    """16 bytes that differ when any bit of the tensors differs."""
+    state = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        state.update(_raw(tensor).cpu().numpy().tobytes())
+    return state.digest()
+
+
+def _packed(guided: Tensor, header: Header) -> Tensor:
+    dims = (*header.shape, *[0] * (_MAX_DIMS - len(header.shape)))
+    fixed = _LAYOUT.pack(
+        _MAGIC,
+        header.rank,
+        header.start,
+        header.size,
+        len(header.shape),
+        header.dtype.encode(),
+        header.device.encode(),
+        header.digest,
+        header.interrupted,
+    )
+    head = (fixed + struct.pack(f"<{_MAX_DIMS}Q", *dims)).ljust(HEADER_BYTES, b"\0")
+    head_tensor = torch.frombuffer(bytearray(head), dtype=torch.uint8).to(guided.device)
+    return torch.cat([head_tensor, _raw(guided)])
+
+
+def _read_header(message: Tensor) -> Header:
+    head = message[:HEADER_BYTES].cpu().numpy().tobytes()
+    magic, rank, start, size, ndim, dtype, device, hashed, stop = _LAYOUT.unpack_from(head)
+    if magic != _MAGIC:
+        raise RanksDisagree(f"a window message starts with {magic!r}, not {_MAGIC!r}")
+    dims = struct.unpack_from(f"<{_MAX_DIMS}Q", head, _LAYOUT.size)[:ndim]
+    text = [part.rstrip(b"\0").decode() for part in (dtype, device)]
+    return Header(rank, start, size, *text, tuple(dims), hashed, bool(stop))
+
+
+def _unpacked(message: Tensor, like: Tensor) -> Tensor:
+    # The header's length is a multiple of every element size, so the view is aligned.
+    return message[HEADER_BYTES:].view(like.dtype).view(like.shape)
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _check(headers: list[Header], own: Header, rank: int) -> None:
+    """All ranks must be in the same window, on the same kind of device, with equal latents."""
+    for seen in headers:
+        pairs = {
+            "window start": (seen.start, own.start),
+            "window size": (seen.size, own.size),
+            "dtype": (seen.dtype, own.dtype),
+            "shape": (seen.shape, own.shape),
+            "device kind": (seen.device, own.device),
+            "window-start latents": (seen.digest.hex(), own.digest.hex()),
+        }
+        for what, (theirs, ours) in pairs.items():
+            if theirs != ours:
+                raise RanksDisagree(
+                    f"{what}: rank {seen.rank} has {theirs}, rank {rank} has {ours}; all ranks "
+                    "must make the same call with the same versions on the same kind of device"
+                )

@@ -1,0 +1,213 @@
+"""The two hooks, denoiser forward and scheduler step, and the guard around the pipeline call.
+
+Everything is put on instances and taken off again in reverse order; two pipelines may carry hooks
+at once. Wrapping the instance's `forward` (or its compiled call) is the outermost place: it sees
+what the pipeline passes, after offload and context-parallel hooks were registered.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from stretto.diffusion.adapters import SIDE_NETWORKS, denoisers_of, family_of
+from stretto.diffusion.guidance import NEVER_SPLIT, Branches, Denoise
+from stretto.diffusion.predict import Predictor
+from stretto.diffusion.randomness import Randomness
+from stretto.diffusion.report import Report
+from stretto.diffusion.scheduler import SchedulerPort
+from stretto.diffusion.steps import StepRun
+from stretto.errors import HookDisplaced, UnsupportedPipeline
+from stretto.mesh.local import LocalMesh
+from stretto.mesh.mesh import Mesh
+from stretto.plan.model import Plan
+
+
+class Attachment:
+    """A pipeline under a plan: `report` of the last call, `provisional` in the present one."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        plan: Plan,
+        mesh: Mesh,
+        *,
+        denoiser: str | None = None,
+        predictor: Predictor | None = None,
+        debug: bool = False,
+    ):
+        self.pipe = pipe
+        self.plan = plan
+        self.mesh = mesh
+        self.predictor = predictor
+        self.debug = debug
+        self.family = family_of(pipe)
+        self.report: Report | None = None
+        self._run: StepRun | None = None
+        self._structure: dict = {}
+        self._undo: list[Callable[[], None]] = []
+        self._in_place: list[Callable[[], bool]] = []
+        self._modules = denoisers_of(pipe, denoiser)
+        self._refuse()
+        self.port = SchedulerPort(pipe.scheduler)
+
+    @property
+    def provisional(self) -> bool:
+        """True while the latents that a callback sees are guesses."""
+        return self._run is not None and self._run.provisional
+
+    # ---- on and off ------------------------------------------------------------------------
+
+    def attach(self) -> Attachment:
+        try:
+            for name, module in self._modules.items():
+                self._wrap_module(name, module)
+            self._wrap_scheduler()
+            self._guard_call()
+        except BaseException:
+            self.detach()
+            raise
+        return self
+
+    def detach(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self._in_place.clear()
+
+    def _refuse(self) -> None:
+        if self.plan.step.degree == 1:
+            return
+        if self.family.refused:
+            raise UnsupportedPipeline(
+                f"{type(self.pipe).__name__} cannot take step={self.plan.step.degree}: "
+                f"{self.family.refused}; use Plan(cfg=...) alone"
+            )
+        for name, module in self._modules.items():
+            if getattr(module, "is_cache_enabled", False):
+                raise UnsupportedPipeline(
+                    f"{name} has a step cache enabled, which expects consecutive calls; "
+                    "call disable_cache() on it, or use step=1"
+                )
+
+    # ---- the hooks ---------------------------------------------------------------------------
+
+    def _wrap_module(self, name: str, module: torch.nn.Module) -> None:
+        # Inside a region compiled in place the hook would recompile at every call.
+        compiled = getattr(module, "_compiled_call_impl", None) is not None
+        attribute = "_compiled_call_impl" if compiled else "forward"
+        original = getattr(module, attribute)
+        splits = name not in SIDE_NETWORKS
+        never_split = NEVER_SPLIT | self.family.never_split
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._run is None:
+                return original(*args, **kwargs)
+            return self._run.denoise(Denoise(name, original, args, kwargs, splits, never_split))
+
+        self._put(module, attribute, forward, name)
+
+    def _wrap_scheduler(self) -> None:
+        scheduler = self.pipe.scheduler
+        original, regrid = scheduler.step, getattr(scheduler, "set_timesteps", None)
+
+        @functools.wraps(original)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            return (
+                original(*args, **kwargs) if self._run is None else self._run.step(*args, **kwargs)
+            )
+
+        self._put(scheduler, "step", step, "scheduler")
+        self._in_place.append(lambda: self.pipe.scheduler is scheduler)
+        if regrid is None:
+            return
+
+        @functools.wraps(regrid)
+        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            if self._run is not None:
+                self._run.reset()
+            return regrid(*args, **kwargs)
+
+        self._put(scheduler, "set_timesteps", set_timesteps, "scheduler")
+
+    def _put(self, owner: Any, attribute: str, wrapper: Callable, name: str) -> None:
+        """Set an instance attribute so that its removal leaves no trace."""
+        own = vars(owner)
+        had, before = attribute in own, own.get(attribute)
+        own[attribute] = wrapper
+        self._undo.append(lambda: own.update({attribute: before}) if had else own.pop(attribute))
+        self._in_place.append(lambda: own.get(attribute) is wrapper)
+
+    def _guard_call(self) -> None:
+        """Swap the instance's class for one whose call opens and closes a run."""
+        pipe, attachment, plain = self.pipe, self, type(self.pipe)
+
+        class Guarded(plain):
+            @functools.wraps(plain.__call__)
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                return attachment.call(plain.__call__, *args, **kwargs)
+
+            @property
+            def interrupt(self) -> bool:
+                run = attachment._run
+                own = bool(getattr(self, "_interrupt", False))
+                return own if run is None else run.interrupted
+
+        Guarded.__name__, Guarded.__qualname__ = plain.__name__, plain.__qualname__
+        Guarded.__module__ = plain.__module__
+        pipe.__class__ = Guarded
+        self._undo.append(lambda: setattr(pipe, "__class__", plain))
+
+    # ---- one call ------------------------------------------------------------------------------
+
+    def call(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Run the pipeline's own call under a fresh run; its result is never provisional."""
+        if not all(check() for check in self._in_place):
+            raise HookDisplaced(
+                f"{type(self.pipe).__name__}: a hooked method or the scheduler was replaced after "
+                "parallelized() began; set up compile, offload and the scheduler before it"
+            )
+        arguments = inspect.signature(original).bind(self.pipe, *args, **kwargs).arguments
+        randomness = Randomness(_generators(arguments), own_only=isinstance(self.mesh, LocalMesh))
+        randomness.adopt(self.mesh)
+        self._run = self._new_run(randomness)
+        try:
+            result = original(self.pipe, *args, **kwargs)
+            self.report = self._run.finish()
+            return result
+        except BaseException as error:
+            self.mesh.record(f"failed: {type(error).__name__}: {error}")
+            raise
+        finally:
+            self._run = None
+
+    def _new_run(self, randomness: Randomness) -> StepRun:
+        pipe = self.pipe
+        if hasattr(pipe, "_num_timesteps"):
+            pipe._num_timesteps = None
+        run = StepRun(
+            self.plan,
+            self.mesh,
+            self.port,
+            Branches(self.plan.cfg, self.mesh, checked=self.family.checked),
+            self._structure,
+            randomness,
+            num_timesteps=lambda: getattr(pipe, "_num_timesteps", None),
+            predictor=self.predictor,
+            debug=self.debug,
+        )
+        run.interrupt_asked = lambda: bool(getattr(pipe, "_interrupt", False))
+        return run
+
+
+def _generators(arguments: dict[str, Any]) -> list[torch.Generator]:
+    """Generators among a call's arguments, wherever they are."""
+    found = []
+    for value in arguments.values():
+        items = value if isinstance(value, (list, tuple)) else [value]
+        found += [item for item in items if isinstance(item, torch.Generator)]
+    return list({id(g): g for g in found}.values())

@@ -1,0 +1,69 @@
+"""The random generators a pipeline call draws from: saved, restored, watched, made equal."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stretto.errors import RanksDisagree
+from stretto.mesh.mesh import Mesh
+
+
+class Randomness:
+    """Generators handed to the call, and the default ones unless `own_only`.
+
+    Virtual ranks share the default generators, so they use `own_only`.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator] = (), *, own_only: bool = False):
+        self._generators = list(generators)
+        self._own_only = own_only
+        self._mark: list[Tensor] | None = None
+
+    def snapshot(self) -> list[Tensor]:
+        """States of all generators; a few kilobytes."""
+        states = [g.get_state() for g in self._generators]
+        if self._own_only:
+            return states
+        states.append(torch.get_rng_state())
+        if torch.cuda.is_initialized():
+            states.append(torch.cuda.get_rng_state())
+        return states
+
+    def restore(self, states: Sequence[Tensor]) -> None:
+        own = len(self._generators)
+        for generator, state in zip(self._generators, states[:own], strict=True):
+            generator.set_state(state.cpu())
+        if self._own_only:
+            return
+        torch.set_rng_state(states[own].cpu())
+        if len(states) > own + 1:
+            torch.cuda.set_rng_state(states[own + 1].cpu())
+
+    def mark(self) -> None:
+        """Remember where the generators are, at the end of a step."""
+        self._mark = self.snapshot()
+
+    def moved(self) -> bool:
+        """Whether anything was drawn since `mark`."""
+        if self._mark is None:
+            return False
+        return any(not torch.equal(a, b) for a, b in zip(self._mark, self.snapshot(), strict=True))
+
+    def adopt(self, mesh: Mesh) -> None:
+        """Take over rank 0's states, so that all ranks draw the same. Raises RanksDisagree."""
+        kinds = ",".join(g.device.type for g in self._generators) or "default"
+        for rank, seen in enumerate(mesh.gather_bytes(kinds.encode())):
+            if seen.decode() != kinds:
+                raise RanksDisagree(
+                    f"generators: rank {rank} passed {seen.decode()}, rank {mesh.world_rank} "
+                    f"passed {kinds}; pass generators of one kind on every rank"
+                )
+        buffer = io.BytesIO()
+        torch.save(self.snapshot(), buffer)
+        data = mesh.broadcast_bytes(buffer.getvalue())
+        if mesh.world_rank:
+            self.restore(torch.load(io.BytesIO(data), weights_only=True))

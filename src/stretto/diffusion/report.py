@@ -1,0 +1,130 @@
+"""What one generation did: windows, depth, evaluations, bytes, and the error of every guess."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stretto.mesh.count import CountingMesh
+from stretto.mesh.mesh import Mesh
+from stretto.plan.model import Plan
+from stretto.plan.traffic import Traffic
+
+
+@dataclass(slots=True)
+class WindowRecord:
+    """A window that closed. `discrepancy` is the worst relative guess error of its positions.
+
+    rms(true latent - latent the prediction was evaluated on) / rms(true latent); None where it is
+    not measured (leader walk). `seconds` is host time on this rank, exchange and replay included.
+    """
+
+    start: int
+    size: int
+    seconds: float
+    discrepancy: float | None = None
+
+
+class Report:
+    """The numbers of one generation on this rank; `close` makes the errors those of all ranks."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.walk = "replay"
+        self.num_steps = 0
+        self.guided_bytes = 0
+        self.evaluations = 0
+        self.windows: list[WindowRecord] = []
+        self.traffic = Traffic()
+        self.network_calls = 0
+        self._own_errors: dict[int, Tensor] = {}
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(window.size for window in self.windows)
+
+    @property
+    def depth(self) -> int:
+        """Sequential rounds of denoiser evaluations: the number of windows."""
+        return len(self.windows)
+
+    @property
+    def ceiling(self) -> float:
+        """Speed-up of the step axis if exchange and guesses cost nothing: steps / depth."""
+        return self.num_steps / self.depth if self.depth else 1.0
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes this rank sent to others for this generation, headers and report included."""
+        return self.traffic.total()
+
+    @property
+    def worst_discrepancy(self) -> float:
+        return max((w.discrepancy for w in self.windows if w.discrepancy is not None), default=0.0)
+
+    def as_dict(self) -> dict:
+        """Plain data for a result file."""
+        return {
+            "plan": str(self.plan),
+            "walk": self.walk,
+            "steps": self.num_steps,
+            "depth": self.depth,
+            "ceiling": self.ceiling,
+            "evaluations": self.evaluations,
+            "network_calls": self.network_calls,
+            "bytes_sent": self.bytes_sent,
+            "bytes_by_phase": _by_phase(self.traffic),
+            "windows": [
+                {"start": w.start, "size": w.size, "seconds": w.seconds, "error": w.discrepancy}
+                for w in self.windows
+            ],
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"{self.plan}: {self.num_steps} steps in depth {self.depth} "
+            f"(ceiling {self.ceiling:.2f}x), {self.evaluations} evaluations and "
+            f"{self.bytes_sent} bytes sent on this rank, worst guess error "
+            f"{self.worst_discrepancy:.2%}, walk {self.walk}"
+        )
+
+    # ---- filled by the run -----------------------------------------------------------------
+
+    def begin(self, num_steps: int, guided: Tensor) -> None:
+        self.num_steps = num_steps
+        self.guided_bytes = guided.numel() * guided.element_size()
+
+    def own_error(self, position: int, error: Tensor) -> None:
+        # Kept as a tensor: reading it would wait for the device inside the loop.
+        self._own_errors[position] = error
+
+    def add(self, record: WindowRecord) -> None:
+        self.windows.append(record)
+
+    def shared_errors(self, mesh: Mesh, start: int, size: int) -> list[float]:
+        """The window's errors per position, equal on all ranks; 8 bytes per rank."""
+        mine = float(self._own_errors.get(start + mesh.rank("step"), 0.0))
+        parts = mesh.all_gather(torch.tensor([mine], dtype=torch.float64), "step", "adaptive")
+        return [float(part) for part in parts.wait()[:size]]
+
+    def close(self, mesh: CountingMesh) -> None:
+        """Collect the guess errors of all step ranks: 8 bytes per step and rank."""
+        own = torch.zeros(self.num_steps, dtype=torch.float64)
+        for position, error in self._own_errors.items():
+            own[position] = float(error)
+        parts = mesh.all_gather(own, "step", "report").wait()
+        for window in self.windows:
+            if window.size > 1 and self.walk == "replay":
+                errors = [
+                    float(parts[inside][window.start + inside]) for inside in range(window.size)
+                ]
+                window.discrepancy = max(errors)
+        self.traffic = mesh.traffic
+        self.network_calls = sum(mesh.calls.values())
+
+
+def _by_phase(traffic: Traffic) -> dict[str, int]:
+    phases = sorted({lane.phase for lane, _ in traffic})
+    return {phase: traffic.total(phase=phase) for phase in phases}

@@ -1,0 +1,176 @@
+"""What step parallelism must know of a scheduler: its calls, its state, its noise grid.
+
+Works on the *instance* and by signature, so that every scheduler with a `sample` argument fits.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stretto.errors import UnsupportedPipeline
+
+#: Attributes that the hooks put on the instance; they are no part of its state.
+WRAPPED = ("step", "set_timesteps")
+
+
+class StepCall:
+    """One call of `scheduler.step`, with its arguments by name."""
+
+    def __init__(self, bound: inspect.BoundArguments):
+        self._bound = bound
+
+    @property
+    def sample(self) -> Tensor:
+        return self._bound.arguments["sample"]
+
+    @property
+    def guided(self) -> Tensor:
+        """The prediction the pipeline hands over, guidance already combined."""
+        return self._bound.arguments["model_output"]
+
+    @property
+    def named(self) -> dict[str, Any]:
+        return self._bound.arguments
+
+    def replaced(self, **changes: Any) -> StepCall:
+        """The same call with some arguments exchanged."""
+        bound = copy.copy(self._bound)
+        bound.arguments = {**self._bound.arguments, **changes}
+        return StepCall(bound)
+
+    @property
+    def args(self) -> tuple:
+        return self._bound.args
+
+    @property
+    def kwargs(self) -> dict:
+        return self._bound.kwargs
+
+
+class SchedulerPort:
+    """The original scheduler behind the hook: real steps, snapshots, results of any form."""
+
+    def __init__(self, scheduler: Any):
+        self.scheduler = scheduler
+        self._step: Callable = scheduler.step
+        self.signature = inspect.signature(scheduler.step)
+        missing = {"sample", "model_output"} - set(self.signature.parameters)
+        if missing:
+            raise UnsupportedPipeline(
+                f"{type(scheduler).__name__}.step{self.signature} has no {sorted(missing)}: "
+                "step parallelism replays calls of the form step(model_output, t, sample); "
+                "use a scheduler of that form, or Plan(cfg=...) alone"
+            )
+        self._last: Any = None
+
+    def bind(self, *args: Any, **kwargs: Any) -> StepCall:
+        return StepCall(self.signature.bind(*args, **kwargs))
+
+    def real(self, call: StepCall) -> Any:
+        """A true step of the scheduler; its form is remembered for `unmoved`."""
+        self._last = self._step(*call.args, **call.kwargs)
+        return self._last
+
+    def unmoved(self, call: StepCall) -> Any:
+        """What a real step would return in form and dtype, with the sample left as it is."""
+        sample = call.sample.to(sample_of(self._last).dtype)
+        return _with_sample(self._last, sample)
+
+    def snapshot(self) -> dict[str, Any]:
+        """A copy of the mutable state: schedulers keep histories and counters on themselves."""
+        return _copied({k: v for k, v in vars(self.scheduler).items() if k not in WRAPPED})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put a snapshot back; it may be used once, for its tensors are not copied again."""
+        own = vars(self.scheduler)
+        for name in [n for n in own if n not in state and n not in WRAPPED]:
+            del own[name]
+        own.update(state)
+
+    def position(self, timestep: Any) -> int:
+        """Index in `scheduler.timesteps` of a step that was just taken at `timestep`."""
+        index = getattr(self.scheduler, "step_index", None)
+        if index is not None:
+            return int(index) - 1
+        grid = torch.as_tensor(self.scheduler.timesteps).flatten().double().cpu()
+        here = torch.as_tensor(timestep).flatten()[:1].double().cpu()
+        matches = (grid == here).nonzero().flatten()
+        return int(matches[0]) if len(matches) else 0
+
+    def noise(self, first: int, num_steps: int) -> list[float]:
+        """Noise fractions s_0 .. s_N in [0, 1] of the steps from `first` on.
+
+        Flow schedulers: s = sigma. Others: sigma / (1 + sigma), sigma = sqrt((1-a)/a) where only
+        alphas_cumprod exists.
+        """
+        sigmas = _sigmas(self.scheduler)
+        grid = [float(s) for s in sigmas[first : first + num_steps + 1]]
+        grid += [0.0] * (num_steps + 1 - len(grid))
+        if not _is_flow(self.scheduler):
+            grid = [s / (1.0 + s) for s in grid]
+        return [min(max(s, 0.0), 1.0) for s in grid]
+
+
+def sample_of(result: Any) -> Tensor:
+    """The latents in what a scheduler's step returned."""
+    return result[0]
+
+
+def extras_of(result: Any) -> tuple:
+    """Whatever else a step returned, in order; a pipeline may pass it to the next step."""
+    return tuple(result) if isinstance(result, tuple) else tuple(result.values())
+
+
+def _with_sample(result: Any, sample: Tensor) -> Any:
+    if isinstance(result, tuple):
+        return (sample, *result[1:])
+    fields = dict(result)
+    fields[next(iter(fields))] = sample
+    return type(result)(**fields)
+
+
+def _copied(value: Any) -> Any:
+    """Containers and arrays copied, everything else shared."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if type(value) in (list, tuple, deque):
+        return type(value)(_copied(item) for item in value)
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    return value
+
+
+def _is_flow(scheduler: Any) -> bool:
+    config = scheduler.config
+    return (
+        "Flow" in type(scheduler).__name__
+        or config.get("prediction_type") == "flow_prediction"
+        or bool(config.get("use_flow_sigmas"))
+    )
+
+
+def _sigmas(scheduler: Any) -> np.ndarray:
+    """Noise levels aligned with `scheduler.timesteps`, one more than those where known."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    timesteps = torch.as_tensor(scheduler.timesteps).double().cpu().numpy().reshape(-1)
+    if sigmas is not None and len(sigmas) >= len(timesteps):
+        return torch.as_tensor(sigmas).double().cpu().numpy()
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None:
+        # No noise level is known: an even grid still orders the steps.
+        return np.linspace(1.0, 0.0, len(timesteps) + 1)
+    alphas = torch.as_tensor(alphas).double().cpu().numpy()
+    at = alphas[np.clip(timesteps.astype(int), 0, len(alphas) - 1)]
+    # Grids of zero terminal signal start at alpha = 0, an infinite sigma.
+    at = np.maximum(at, 1e-12)
+    return np.sqrt((1.0 - at) / at)

@@ -1,0 +1,79 @@
+"""Which windows a generation walks: the option of the plan, resolved on the real noise grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stretto.errors import PlanMismatch
+from stretto.plan.options import Adaptive, Fixed, Listed, Parastep, Steps, Tail
+from stretto.search import windows as search
+
+
+class Schedule:
+    """Window sizes in order. Fixed beforehand, or grown from the errors measured so far."""
+
+    def __init__(self, steps: Steps, noise: Sequence[float]):
+        self._steps = steps
+        self._num_steps = len(noise) - 1
+        self.sizes: list[int] = list(resolve(steps, noise) or [])
+        self._is_adaptive = isinstance(steps.windows, Adaptive)
+
+    @property
+    def is_adaptive(self) -> bool:
+        return self._is_adaptive
+
+    def size_at(self, index: int, start: int, errors: Sequence[float]) -> int:
+        """Size of window `index`, which starts at step `start`.
+
+        `errors`: the last window's relative guess errors per position, as all ranks know them.
+        """
+        if not self._is_adaptive:
+            return self.sizes[index]
+        self.sizes.append(self._next(index, start, errors))
+        return self.sizes[-1]
+
+    def _next(self, index: int, start: int, errors: Sequence[float]) -> int:
+        """Double while the error is under half the tolerance, +1 under it, else what was right."""
+        left = self._num_steps - start
+        if index == 0:
+            return 1
+        if not errors:
+            return min(2, self._steps.degree, left)
+        last, tolerance = len(errors), self._steps.windows.tolerance
+        worst = max(errors)
+        if worst < tolerance / 2:
+            wanted = 2 * last
+        elif worst < tolerance:
+            wanted = last + 1
+        else:
+            wanted = max(2, next(i for i, e in enumerate(errors) if e >= tolerance))
+        return min(wanted, self._steps.degree, left)
+
+
+def resolve(steps: Steps, noise: Sequence[float]) -> tuple[int, ...] | None:
+    """Window sizes for the grid `noise` (N + 1 fractions), None for adaptive ones.
+
+    Raises PlanMismatch when the option does not fit the number of steps or ranks.
+    """
+    num_steps, degree, option = len(noise) - 1, steps.degree, steps.windows
+    if degree == 1:
+        return (1,) * num_steps
+    if degree > num_steps:
+        raise PlanMismatch(
+            f"step={degree} is larger than the {num_steps} steps of this generation; "
+            f"use at most step={num_steps}, or more steps"
+        )
+    if isinstance(option, Parastep):
+        warmup = min(5, max(1, num_steps // 4)) if option.warmup is None else option.warmup
+        sizes = search.published(num_steps, degree, warmup)
+    elif isinstance(option, Tail):
+        sizes = search.tail(noise, degree, option.depth)
+    elif isinstance(option, Fixed):
+        sizes = search.fixed(num_steps, degree, option.warmup, option.cooldown)
+    elif isinstance(option, Listed):
+        sizes = option.sizes
+    else:
+        assert isinstance(option, Adaptive), f"{option} is resolved before the run"
+        return None
+    search.check(sizes, num_steps, degree)
+    return tuple(sizes)
