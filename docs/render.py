@@ -14,8 +14,10 @@ import inspect
 import io
 import json
 import os
+import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import stretto
@@ -108,24 +110,52 @@ def cell(value: object) -> str:
 
 
 def python_reference() -> str:
-    """Signature and docstring of every public name."""
+    """Signature, docstring and public methods of every public name."""
     parts = [BY_SCRIPT, "# Python reference\n", "Everything in `stretto.__all__`.\n"]
     for name in stretto.__all__:
         value = getattr(stretto, name)
-        parts.append(f"## stretto.{name}\n")
-        if inspect.ismodule(value):
-            parts += [f"{inspect.getdoc(value)}\n", *module_names(value)]
-        else:
-            parts.append(f"```\n{name}{inspect.signature(value)}\n```\n\n{inspect.getdoc(value)}\n")
-    return "\n".join(parts)
+        signature = "" if inspect.ismodule(value) else f"```\n{name}{parameters(value)}\n```\n"
+        parts += [f"## stretto.{name}\n", signature, f"{inspect.getdoc(value)}\n"]
+        parts += members(value)
+    return "\n".join(part for part in parts if part)
 
 
-def module_names(module: object) -> list[str]:
-    """First docstring line of each class that a public module defines."""
-    own = [v for v in vars(module).values() if inspect.isclass(v)]
-    own = [v for v in own if v.__module__ == module.__name__]
-    lines = [f"- `{value.__name__}`: {first_line(value)}" for value in own]
-    return [*lines, ""] if lines else []
+def parameters(value: Callable) -> str:
+    """Parameters with types and plain defaults, as the source writes them.
+
+    `inspect.signature` alone would show the addresses of validators and differ between runs.
+    """
+    written = getattr(value, "__annotations__", {})
+    lines, star = [], False
+    for name, parameter in inspect.signature(value).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and not star:
+            lines.append("    *")
+            star = True
+        kind = str(written.get(name, parameter.annotation))
+        kind = "" if "empty" in kind else re.sub(r"^Annotated\[(\w+),.*\]$", r"\1", kind)
+        lines.append(f"    {name}: {kind}{default_of(parameter)}")
+    return "(\n" + ",\n".join(lines) + "\n)" if lines else "()"
+
+
+def default_of(parameter: inspect.Parameter) -> str:
+    """` = value` where the value is short and the same in every run, else ` = ...`."""
+    default = parameter.default
+    if default is parameter.empty:
+        return ""
+    plain = isinstance(default, str | int | float | bool) or default is None
+    return f" = {default!r}" if plain else " = ..."
+
+
+def members(value: object) -> list[str]:
+    """First docstring line of the classes of a module, or of the methods of a class."""
+    found = {n: v for n, v in vars(value).items() if not n.startswith("_") and first_line(v)}
+    if inspect.ismodule(value):
+        home = value.__name__
+        found = {n: v for n, v in found.items() if getattr(v, "__module__", "") == home}
+    else:
+        found = {n: v for n, v in found.items() if inspect.isfunction(v)}
+    lines = [f"- `{name}`: {first_line(member)}" for name, member in found.items()]
+    return ["\n".join(lines) + "\n"] if lines else []
 
 
 def first_line(value: object) -> str:

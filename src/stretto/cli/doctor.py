@@ -22,6 +22,7 @@ from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -202,7 +203,7 @@ def try_ranks() -> str:
 
     def rank(own: int) -> float:
         # Two threads instead of two processes: the same sockets, none of the start-up.
-        group = dist.ProcessGroupGloo(store, own, 2, timedelta(seconds=20))
+        group: Any = dist.ProcessGroupGloo(store, own, 2, timedelta(seconds=20))
         number = torch.tensor([own + 1.0])
         group.allreduce([number]).wait()
         return number.item()
