@@ -158,15 +158,18 @@ _FLOW = "FlowMatchEulerDiscreteScheduler"
 _UNIPC = "UniPCMultistepScheduler"
 
 
-def _case(name: str, scheduler: str, build, inputs, *, facts=None, **config):
+def _case(
+    name: str, scheduler: str, build, inputs, *, facts: dict[str, Any] | None = None, **config
+):
     """A case of another family: `build` takes the scheduler name and `config`."""
+    fields: dict[str, Any] = {"denoisers": ("transformer",), **(facts or {})}
     return Case(
         name=name,
         family=build.__name__,
         scheduler=scheduler,
         build=partial(build, scheduler, **config),
         inputs=inputs,
-        **{"denoisers": ("transformer",), **(facts or {})},
+        **fields,
     )
 
 
@@ -284,6 +287,8 @@ _MOVING = (
 CASES = _registry(*_SD15, *_SDXL, *_IMAGE, *_MOVING)
 """Cases of the exactness matrix by name."""
 
+_UNCONDITIONAL = {"stochastic": True, "guidance": "none", "denoisers": ("unet",)}
+
 OTHERS = _registry(
     _case("ltx", _FLOW, video.ltx, video.ltx_inputs, facts=_VIDEO, **_FLUX_SHIFT),
     _case(
@@ -310,6 +315,43 @@ OTHERS = _registry(
         prediction_type="v_prediction",
         sigma_data=1.0,
         sigma_schedule="exponential",
+    ),
+    _case("mochi", _FLOW, video.mochi, video.mochi_inputs, facts=_VIDEO),
+    _case("chroma", _FLOW, transformer.chroma, transformer.chroma_inputs, facts=_CALLS),
+    _case("cogview4", _FLOW, transformer.cogview4, transformer.cogview4_inputs, facts=_CALLS),
+    _case(
+        "kandinsky22",
+        "DDPMScheduler",
+        unet.kandinsky,
+        unet.kandinsky_inputs,
+        facts={"stochastic": True, "denoisers": ("unet",)},
+        variance_type="learned_range",
+        clip_sample=False,
+    ),
+    _sd15(
+        "consistency-distilled",
+        "LCMScheduler",
+        unet.distilled_inputs,
+        facts={"stochastic": True, "guidance": "none"},
+        pipeline="LatentConsistencyModelPipeline",
+        guidance_width=8,
+    ),
+    _case(
+        "pixels-consistency",
+        "CMStochasticIterativeScheduler",
+        unet.pixels,
+        unet.pixel_inputs,
+        facts=_UNCONDITIONAL,
+        pipeline="ConsistencyModelPipeline",
+        num_train_timesteps=40,
+    ),
+    _case(
+        "pixels-ddim-eta",
+        "DDIMScheduler",
+        unet.pixels,
+        unet.noisy_pixel_inputs,
+        facts=_UNCONDITIONAL,
+        pipeline="DDIMPipeline",
     ),
 )
 """Further pipelines, for "any other diffusers pipeline", by name."""

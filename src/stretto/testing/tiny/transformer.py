@@ -245,7 +245,7 @@ def lumina2(scheduler: str, **config):
                 cap_feat_dim=WIDTH,
             ),
             scheduler=make(scheduler, **config),
-            vae=image_vae(),
+            vae=image_vae(shift_factor=0.06),
             text_encoder=None,
             tokenizer=None,
         )
@@ -285,6 +285,70 @@ def auraflow(scheduler: str, **config):
 def auraflow_inputs() -> dict:
     """Masked branches."""
     return masked(guidance_scale=3.5)
+
+
+def chroma(scheduler: str, **config):
+    """ChromaPipeline: Flux without pooled text, the two branches evaluated one after the other."""
+    with seeded():
+        return assemble(
+            "ChromaPipeline",
+            transformer=make(
+                "ChromaTransformer2DModel",
+                patch_size=1,
+                in_channels=16,
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=WIDTH,
+                axes_dims_rope=(4, 4, 8),
+                approximator_num_channels=8,
+                approximator_hidden_dim=16,
+                approximator_layers=1,
+            ),
+            scheduler=make(scheduler, **config),
+            vae=image_vae(shift_factor=0.06, scaling_factor=1.5),
+            text_encoder=None,
+            tokenizer=None,
+        )
+
+
+def chroma_inputs() -> dict:
+    """Masked branches; the masks go to attention as they are, so they are boolean."""
+    inputs = masked(guidance_scale=3.0)
+    for key in ("prompt_attention_mask", "negative_prompt_attention_mask"):
+        inputs[key] = inputs[key].bool()
+    return inputs
+
+
+def cogview4(scheduler: str, **config):
+    """CogView4Pipeline: the two branches are two calls, the latents four-dimensional."""
+    with seeded():
+        return assemble(
+            "CogView4Pipeline",
+            transformer=make(
+                "CogView4Transformer2DModel",
+                patch_size=2,
+                in_channels=4,
+                out_channels=4,
+                num_layers=2,
+                attention_head_dim=8,
+                num_attention_heads=2,
+                text_embed_dim=WIDTH,
+                time_embed_dim=8,
+                condition_dim=4,
+                rope_axes_dim=(8, 8),
+            ),
+            scheduler=make(scheduler, **config),
+            vae=image_vae(),
+            text_encoder=None,
+            tokenizer=None,
+        )
+
+
+def cogview4_inputs() -> dict:
+    """Both branches."""
+    return guided(guidance_scale=4.0)
 
 
 def dit(scheduler: str, **config):

@@ -23,8 +23,18 @@ _CROSS = {
 }
 
 
-def sd15(scheduler: str, pipeline: str = "StableDiffusionPipeline", controlnet=False, **config):
-    """A Stable Diffusion 1.5 pipeline class with the scheduler given by name and configuration."""
+def sd15(
+    scheduler: str,
+    pipeline: str = "StableDiffusionPipeline",
+    *,
+    controlnet: bool = False,
+    guidance_width: int | None = None,
+    **config,
+):
+    """A Stable Diffusion 1.5 pipeline class with the scheduler given by name and configuration.
+
+    `guidance_width` embeds the guidance scale into the U-Net, as consistency distillation does.
+    """
     with seeded():
         extra = {"controlnet": _controlnet()} if controlnet else {}
         return assemble(
@@ -37,6 +47,7 @@ def sd15(scheduler: str, pipeline: str = "StableDiffusionPipeline", controlnet=F
                 in_channels=4,
                 out_channels=4,
                 cross_attention_dim=WIDTH,
+                time_cond_proj_dim=guidance_width,
                 **_BLOCKS,
                 **_CROSS,
             ),
@@ -132,3 +143,82 @@ def sdxl_inputs() -> dict:
 def sdxl_cut_inputs() -> dict:
     """`sdxl_inputs` that stop at 70 % of the noise: only a local list of the pipeline shortens."""
     return {**sdxl_inputs(), "denoising_end": 0.7}
+
+
+def distilled_inputs() -> dict:
+    """One branch: guidance enters as a number."""
+    inputs = sized_inputs()
+    del inputs["negative_prompt_embeds"]
+    return inputs
+
+
+def kandinsky(scheduler: str, **config):
+    """KandinskyV22Pipeline; its predictions carry a learned variance into the scheduler."""
+    with seeded():
+        return assemble(
+            "KandinskyV22Pipeline",
+            unet=make(
+                "UNet2DConditionModel",
+                in_channels=4,
+                out_channels=8,
+                addition_embed_type="image",
+                down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+                up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+                mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+                encoder_hid_dim=WIDTH,
+                encoder_hid_dim_type="image_proj",
+                cross_attention_dim=WIDTH,
+                resnet_time_scale_shift="scale_shift",
+                **_BLOCKS,
+            ),
+            scheduler=make(scheduler, **config),
+            movq=make(
+                "VQModel",
+                down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+                up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+                # The spatial norm has 32 groups built in.
+                block_out_channels=(32, 64),
+                latent_channels=4,
+                norm_num_groups=8,
+                norm_type="spatial",
+                num_vq_embeddings=12,
+                vq_embed_dim=4,
+            ),
+        )
+
+
+def kandinsky_inputs() -> dict:
+    """Image embeddings of both branches."""
+    return {
+        "image_embeds": draw(1, 1, WIDTH),
+        "negative_image_embeds": draw(2, 1, WIDTH),
+        "height": SIZE,
+        "width": SIZE,
+        "guidance_scale": 4.0,
+        "output_type": "latent",
+    }
+
+
+def pixels(scheduler: str, pipeline: str, **config):
+    """A pipeline that denoises pixels without condition: DDIMPipeline, ConsistencyModelPipeline."""
+    with seeded():
+        return assemble(
+            pipeline,
+            unet=make(
+                "UNet2DModel",
+                down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+                **_BLOCKS,
+            ),
+            scheduler=make(scheduler, **config),
+        )
+
+
+def pixel_inputs(**more) -> dict:
+    """One picture; these pipelines have no latent to return."""
+    return {"batch_size": 1, "output_type": "np", **more}
+
+
+def noisy_pixel_inputs() -> dict:
+    """`pixel_inputs` with noise added back in every step."""
+    return pixel_inputs(eta=0.7)

@@ -305,3 +305,39 @@ def hunyuan_inputs() -> dict:
     inputs = _guided(32, 5, guidance_scale=4.0, pooled_prompt_embeds=draw(3, 1, 8))
     del inputs["negative_prompt_embeds"]
     return {**inputs, "prompt_attention_mask": _masks()["prompt_attention_mask"]}
+
+
+def mochi(scheduler: str, **config):
+    """MochiPipeline: predictions and latents are cast to float32 around the step."""
+    with seeded():
+        return assemble(
+            "MochiPipeline",
+            transformer=make(
+                "MochiTransformer3DModel",
+                patch_size=2,
+                num_attention_heads=2,
+                attention_head_dim=8,
+                num_layers=2,
+                pooled_projection_dim=16,
+                in_channels=12,
+                text_embed_dim=WIDTH,
+                time_embed_dim=4,
+                max_sequence_length=16,
+            ),
+            scheduler=make(scheduler, **config),
+            vae=make(
+                "AutoencoderKLMochi",
+                latent_channels=12,
+                encoder_block_out_channels=(32, 32, 32, 32),
+                decoder_block_out_channels=(32, 32, 32, 32),
+                layers_per_block=(1, 1, 1, 1, 1),
+            ),
+            text_encoder=None,
+            tokenizer=None,
+        )
+
+
+def mochi_inputs() -> dict:
+    """Masked branches in one batch."""
+    masks = {key: mask.bool() for key, mask in _masks().items()}
+    return _guided(32, 7, guidance_scale=4.0, **masks)
