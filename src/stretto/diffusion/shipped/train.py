@@ -303,14 +303,14 @@ def describe(
     }
 
 
-def sample_grid(folder: Path, file: Path, device: torch.device) -> None:
-    """Draw eight pictures of every class with the written weights into one PNG, a row per class."""
+def sample_grid(folder: Path, file: Path, device: torch.device, columns: int) -> None:
+    """Draw pictures with the written weights into one PNG, a row per class, to be looked at."""
     pipeline = load_folder(folder).to(device)
-    labels = [label for label in range(NUM_CLASSES) for _ in range(8)]
+    labels = [label for label in range(NUM_CLASSES) for _ in range(columns)]
     generator = torch.Generator(device).manual_seed(1)
     arrays = pipeline(labels, generator=generator, output_type="np").images
     images = VaeImageProcessor.numpy_to_pil(arrays)
-    make_image_grid([image.convert("RGB") for image in images], NUM_CLASSES, 8).save(file)
+    make_image_grid([image.convert("RGB") for image in images], NUM_CLASSES, columns).save(file)
 
 
 def current_commit() -> str:
@@ -336,7 +336,7 @@ def parse(arguments: list[str]) -> tuple[Recipe, argparse.Namespace]:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data-dir", type=Path, help="folder of the idx .gz files")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--grid", type=Path, help="sample PNG; default OUT-grid.png")
+    parser.add_argument("--columns", type=int, default=8, help="OUT-grid.png: pictures per class")
     parser.add_argument("--commit", help="recorded commit; default asks git")
     parser.add_argument("--note", help="a sentence for the provenance")
     options = parser.parse_args(arguments)
@@ -355,9 +355,11 @@ def run(recipe: Recipe, options: argparse.Namespace) -> None:
     if options.note:
         provenance["note"] = options.note
     write(pipeline, options.out, provenance)
-    grid = options.grid or options.out.with_name(options.out.name + "-grid.png")
-    sample_grid(options.out, grid, device)
-    log.info("wrote %s and %s", options.out, grid)
+    log.info("wrote %s", options.out)
+    if options.columns:
+        grid = options.out.with_name(options.out.name + "-grid.png")
+        sample_grid(options.out, grid, device, options.columns)
+        log.info("wrote %s", grid)
 
 
 def _repeatable() -> None:
