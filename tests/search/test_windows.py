@@ -116,12 +116,12 @@ def test_tail_gives_the_documented_plans(noise, expected):
 
 
 def test_tail_cost_by_hand():
-    noise = [1.0, 0.75, 0.5, 0.25, 0.0]
-    # start 1: h = 0.25 everywhere; r=1: .25*.25*(.125+.25)/.5, r=2: .25*.5*(.25+.25)/.25
-    first, second = 0.25 * 0.25 * 0.375 / 0.5, 0.25 * 0.5 * 0.5 / 0.25
+    noise = [1.0, 0.9, 0.5, 0.3, 0.0]
+    # Step * reach * (reach / 2 + the known step 0.1) / noise, for the two guessed positions.
+    first, second = 0.2 * 0.4 * (0.2 + 0.1) / 0.5, 0.3 * 0.6 * (0.3 + 0.1) / 0.3
     assert search.tail_cost(noise, 1, 1) == 0
-    assert search.tail_cost(noise, 1, 2) == pytest.approx(first**2, rel=1e-15)
-    assert search.tail_cost(noise, 1, 3) == pytest.approx((first + second) ** 2, rel=1e-15)
+    assert search.tail_cost(noise, 1, 2) == pytest.approx(first**2, rel=1e-12)
+    assert search.tail_cost(noise, 1, 3) == pytest.approx((first + second) ** 2, rel=1e-12)
 
 
 def test_tail_cost_stays_finite_where_the_noise_ends_early():
