@@ -102,8 +102,9 @@ class ClassDiT(ModelMixin, ConfigMixin):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.class_embedding.weight, std=0.02)
-        for layer in (*(b.modulation for b in self.blocks), self.modulation_out, self.proj_out):
-            nn.init.zeros_(layer.weight)
+        for name, weight in self.named_parameters():
+            if name.endswith(("modulation.weight", "modulation_out.weight", "proj_out.weight")):
+                nn.init.zeros_(weight)
 
     def forward(
         self,

@@ -19,7 +19,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
@@ -42,7 +44,8 @@ WARM_UP = 500  # Steps; a tenth of a run shorter than 5000.
 SHIFT = 3.0  # Sampling shift of Stable Diffusion 3 (2403.03206, section 5.3.2).
 DIT_ONLY = ("width", "layers", "heads")
 
-Loss = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]
+Denoiser = Callable[..., Any]
+Loss = Callable[[Denoiser, torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,10 @@ def train(
     model = pipeline.denoiser.to(device).train()
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer, schedule = _optimizer(model, recipe, device)
-    loss_of = _loss(pipeline)
+    loss_of = _loss(pipeline, device)
     images, labels = pictures.images.to(device), pictures.labels.to(device)
     generator = torch.Generator(device).manual_seed(recipe.seed)
-    forward = torch.compile(model) if recipe.compile else model
+    forward: Denoiser = torch.compile(model) if recipe.compile else model
     report = Report(recipe.steps)
     for step in range(recipe.steps):
         x, y = _batch(images, labels, recipe, generator)
@@ -176,21 +179,14 @@ def _unet(recipe: Recipe, size: int) -> ClassUNetPipeline:
     return ClassUNetPipeline(unet, scheduler)
 
 
-def _loss(pipeline: ClassPipeline) -> Loss:
+def _loss(pipeline: ClassPipeline, device: torch.device) -> Loss:
     if isinstance(pipeline, ClassDiTPipeline):
         return flow_loss
-    abar = pipeline.scheduler.alphas_cumprod
-
-    def loss(
-        model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, generator: torch.Generator
-    ) -> torch.Tensor:
-        return epsilon_loss(model, x, y, generator, abar.to(x.device))
-
-    return loss
+    return partial(epsilon_loss, abar=pipeline.scheduler.alphas_cumprod.to(device))
 
 
 def flow_loss(
-    model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, generator: torch.Generator
+    model: Denoiser, x: torch.Tensor, y: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
     """Mean squared error of the velocity, at logit-normal noise levels.
 
@@ -205,7 +201,7 @@ def flow_loss(
 
 
 def epsilon_loss(
-    model: torch.nn.Module,
+    model: Denoiser,
     x: torch.Tensor,
     y: torch.Tensor,
     generator: torch.Generator,
@@ -367,7 +363,7 @@ def _repeatable() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Writing NaN into every new tensor, the default of that mode, costs time and finds nothing.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore
 
 
 def main(arguments: list[str] | None = None) -> int:
