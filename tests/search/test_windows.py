@@ -263,3 +263,13 @@ def test_calls_cover_every_parallel_step_once(case):
     exact = plan.count(1)
     parallel = sum(search.calls(plan, rank) - exact for rank in range(degree))
     assert parallel == num_steps - exact
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_costs_that_are_not_finite_forbid_windows(bad):
+    def cost(start, size):
+        return bad if size == 3 else 0.0
+
+    assert search.best(7, 3, 4, cost) == (1, 2, 2, 2)
+    with pytest.raises(PlanMismatch, match="no finite cost from step 0 of 7 within depth 3"):
+        search.best(7, 3, 3, cost)

@@ -94,12 +94,14 @@ def best(
 ) -> tuple[int, ...]:
     """Windows of least summed cost(start, size) whose depth is at most `depth`.
 
-    cost is called for every start >= 1 and size 1..degree and must not be negative.
+    cost is called for every start >= 1 and size 1..degree that fits, and must not be negative;
+    infinity forbids a window.
     window_cost(size) is the time of a window in sequential steps, an exact rational above 0
     (floats are refused): 1 by default, below 1 for size 1 where exact steps are split over ranks,
     above 1 for windows batched on one device. Exact dynamic programme, O(N depth degree) for unit
     cost; equal costs go to the larger earlier window.
-    Raises PlanMismatch unless 1 <= degree <= num_steps, or if depth is below the least possible.
+    Raises PlanMismatch unless 1 <= degree <= num_steps, if depth is below the least possible, or
+    if nothing of finite cost fits.
     Source: design brief of step parallelism, section 4.2.
     """
     _check_degree(num_steps, degree)
@@ -118,6 +120,11 @@ def best(
     windows, start = [], 0
     while start < num_steps:
         size = choice[start][budget]
+        if size == 0:
+            raise PlanMismatch(
+                f"no finite cost from step {start} of {num_steps} within depth {depth}\n"
+                "  why: every choice of windows there costs infinity or NaN"
+            )
         windows.append(size)
         budget -= times[size]
         start += size
