@@ -10,8 +10,9 @@ import pkgutil
 import pytest
 
 from tests.fresh import modules_after
+from tests.test_contracts import DECIDE as DECIDING_ROOMS
 
-DECIDE = ("stretto.errors", "stretto.axes", "stretto.plan", "stretto.search")
+DECIDE = [f"stretto.{room}" for room in DECIDING_ROOMS.split()]
 DEVICES = {"torch", "triton", "transformers", "diffusers"}
 
 

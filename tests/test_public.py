@@ -13,10 +13,12 @@ SUBPACKAGES = {info.name for info in pkgutil.iter_modules(stretto.__path__)}
 
 def test_names_are_frozen():
     assert set(stretto.__all__) == {
+        "Cluster",
         "Guidance",
         "Mesh",
         "Plan",
         "Steps",
+        "Workload",
         "errors",
         "init_mesh",
         "parallelized",

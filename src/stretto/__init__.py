@@ -9,18 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stretto import errors, testing
+    from stretto.cluster.model import Cluster
     from stretto.diffusion.api import parallelized
     from stretto.mesh.mesh import Mesh, init_mesh
     from stretto.plan.model import Plan
     from stretto.plan.options import Guidance, Steps
+    from stretto.workload.model import Workload
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cluster",
     "Guidance",
     "Mesh",
     "Plan",
     "Steps",
+    "Workload",
     "errors",
     "init_mesh",
     "parallelized",
@@ -29,10 +33,12 @@ __all__ = [
 
 #: Where each public name lives; a name that is itself a module has no entry.
 _HOMES = {
+    "Cluster": "stretto.cluster.model",
     "Guidance": "stretto.plan.options",
     "Mesh": "stretto.mesh.mesh",
     "Plan": "stretto.plan.model",
     "Steps": "stretto.plan.options",
+    "Workload": "stretto.workload.model",
     "init_mesh": "stretto.mesh.mesh",
     "parallelized": "stretto.diffusion.api",
 }

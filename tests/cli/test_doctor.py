@@ -8,6 +8,7 @@ import pytest
 
 from stretto.cli import app, doctor
 from stretto.cli.doctor import Check, Report, Trial, Unmet
+from stretto.cluster.detect import Found
 
 
 def failing(error):
@@ -71,6 +72,23 @@ def test_torchvision_of_another_build_is_found(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
     with pytest.raises(Unmet, match=r"0\.28\.0 beside torch .*torchvision::nms does not exist"):
         doctor.try_torchvision()
+
+
+def test_a_gpu_that_torch_does_not_see_is_named(monkeypatch):
+    found = Found("cuda", "NVIDIA H200", 8, 2**37)
+    monkeypatch.setattr(doctor.detect, "gpus", lambda: [found])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(Unmet, match=r"8 x NVIDIA H200, but torch .* sees none") as caught:
+        doctor.try_gpu()
+    assert caught.value.fix is None  # the trial's own: a torch with CUDA
+
+
+def test_no_gpu_asks_for_nothing(monkeypatch):
+    monkeypatch.setattr(doctor.detect, "gpus", list)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(Unmet, match="no CUDA device") as caught:
+        doctor.try_gpu()
+    assert caught.value.fix == ""
 
 
 def test_an_old_torch_is_named_with_the_bound(monkeypatch):

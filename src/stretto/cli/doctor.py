@@ -29,6 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 import stretto
+from stretto.cluster import detect
 
 #: Oldest torch that stretto is written for; the same bound as in `pyproject.toml`.
 OLDEST_TORCH = (2, 11)
@@ -116,22 +117,17 @@ def examine() -> Report:
 
 def machine() -> dict[str, str | int | float]:
     """Facts of the operating system; memory in bytes, load is the one-minute average."""
+    own = detect.cpu()
     return {
         "stretto": stretto.__version__,
         "python": platform.python_version(),
         "executable": sys.executable,
         "os": platform.platform(),
-        "cores": usable_cores(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "processor": own.name,
+        "cores": own.count,
+        "memory_bytes": own.memory_bytes,
         "load": round(os.getloadavg()[0], 2),
     }
-
-
-def usable_cores() -> int:
-    """Cores this process may run on, which in a container is fewer than the host has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def requirements() -> dict[str, list[str]]:
@@ -162,10 +158,12 @@ def warnings() -> list[str]:
             f"anew. Unset it, or once run: {sys.executable} -m compileall -q "
             + str(Path(str(torch.origin)).parent)
         )
-    if usable_cores() < 2:
+    if detect.usable_cores() < 2:
         found.append("1 core: ranks take turns, so no speed-up can show here; use --emulate")
-    if os.getloadavg()[0] > usable_cores():
-        found.append(f"load {os.getloadavg()[0]:.1f} on {usable_cores()} cores: do not time here")
+    if os.getloadavg()[0] > detect.usable_cores():
+        found.append(
+            f"load {os.getloadavg()[0]:.1f} on {detect.usable_cores()} cores: do not time here"
+        )
     return found
 
 
@@ -213,7 +211,8 @@ def try_ranks() -> str:
     if sums != [3.0, 3.0]:
         raise Unmet(f"1 + 2 summed over gloo is {sums}")
     nccl = " and NCCL" if dist.is_nccl_available() else ""
-    return f"gloo{nccl}; {usable_cores()} cores, so up to {usable_cores()} CPU ranks gain speed"
+    cores = detect.usable_cores()
+    return f"gloo{nccl}; {cores} cores, so up to {cores} CPU ranks gain speed"
 
 
 def try_gpu() -> str:
@@ -223,8 +222,9 @@ def try_gpu() -> str:
     if torch.cuda.is_available():
         _multiply(torch, "cuda")
         return ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
-    if Path("/proc/driver/nvidia/version").exists() and torch.version.cuda is None:
-        raise Unmet("an NVIDIA driver is here, but this torch is built without CUDA")
+    if found := detect.gpus():
+        seen = ", ".join(f"{gpu.count} x {gpu.name}" for gpu in found)
+        raise Unmet(f"{seen}, but torch {torch.__version__} sees none")
     raise Unmet("no CUDA device; everything also runs on the CPU", fix="")
 
 
@@ -335,6 +335,6 @@ def _show(report: Report, console: Console) -> None:
 def _machine_line(facts: dict[str, str | int | float]) -> str:
     memory = float(facts["memory_bytes"]) / 2**30
     return (
-        f"stretto {facts['stretto']}, Python {facts['python']} on {facts['os']}: "
-        f"{facts['cores']} cores, {memory:.1f} GiB, load {facts['load']}"
+        f"stretto {facts['stretto']}, Python {facts['python']}, {facts['os']}\n"
+        f"{facts['processor']}: {facts['cores']} cores, {memory:.1f} GiB, load {facts['load']}"
     )
