@@ -344,10 +344,12 @@ def run(recipe: Recipe, options: argparse.Namespace) -> None:
     """Train, write the folder, draw the grid."""
     device = torch.device(options.device)
     pictures = data.load(recipe.data, options.data_dir)
+    # Asked before training, because the tree may have moved on at its end.
+    commit = options.commit or current_commit()
     start = time.perf_counter()
     pipeline, loss = train(recipe, pictures, device)
     provenance = describe(recipe, pictures, device, loss, time.perf_counter() - start)
-    provenance["commit"] = options.commit or current_commit()
+    provenance["commit"] = commit
     if options.note:
         provenance["note"] = options.note
     write(pipeline, options.out, provenance)
