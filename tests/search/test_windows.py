@@ -98,6 +98,7 @@ def test_fixed_refuses_ends_that_do_not_fit(warmup, cooldown):
 def test_default_depth_is_that_of_the_published_schedule():
     assert [search.default_depth(50, degree) for degree in (1, 2, 4, 8)] == [50, 28, 17, 11]
     assert [search.default_depth(28, degree) for degree in (2, 4, 8)] == [17, 11, 8]
+    assert search.default_depth(8, 4) == 4  # two exact steps
     assert search.default_depth(2, 2) == 2
     assert search.default_depth(1, 1) == 1
 
