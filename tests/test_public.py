@@ -14,12 +14,16 @@ SUBPACKAGES = {info.name for info in pkgutil.iter_modules(stretto.__path__)}
 def test_names_are_frozen():
     assert set(stretto.__all__) == {
         "Cluster",
+        "Estimate",
         "Guidance",
         "Mesh",
         "Plan",
         "Steps",
         "Workload",
         "errors",
+        "estimate",
+        "explain",
+        "find_plans",
         "init_mesh",
         "parallelized",
         "testing",

@@ -10,22 +10,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stretto import errors, testing
     from stretto.cluster.model import Cluster
+    from stretto.cost.estimate import Estimate
     from stretto.diffusion.api import parallelized
     from stretto.mesh.mesh import Mesh, init_mesh
     from stretto.plan.model import Plan
     from stretto.plan.options import Guidance, Steps
+    from stretto.search.judge import estimate, explain
+    from stretto.search.space import find_plans
     from stretto.workload.model import Workload
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Cluster",
+    "Estimate",
     "Guidance",
     "Mesh",
     "Plan",
     "Steps",
     "Workload",
     "errors",
+    "estimate",
+    "explain",
+    "find_plans",
     "init_mesh",
     "parallelized",
     "testing",
@@ -34,11 +41,15 @@ __all__ = [
 #: Where each public name lives; a name that is itself a module has no entry.
 _HOMES = {
     "Cluster": "stretto.cluster.model",
+    "Estimate": "stretto.cost.estimate",
     "Guidance": "stretto.plan.options",
     "Mesh": "stretto.mesh.mesh",
     "Plan": "stretto.plan.model",
     "Steps": "stretto.plan.options",
     "Workload": "stretto.workload.model",
+    "estimate": "stretto.search.judge",
+    "explain": "stretto.search.judge",
+    "find_plans": "stretto.search.space",
     "init_mesh": "stretto.mesh.mesh",
     "parallelized": "stretto.diffusion.api",
 }

@@ -1,0 +1,208 @@
+"""The noun Cluster: devices, the nodes they sit in, and the links between them."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+
+from stretto import documents
+from stretto.errors import ConfigError
+from stretto.quantities import FlopRate, Memory, Rate, Seconds
+
+SCHEMA = "cluster/1"
+Basis = Literal["measured", "published", "projected"]
+#: The dtypes of a device's matmul rate, in the order in which they are looked up.
+DTYPES = ("fp64", "fp32", "tf32", "bf16", "fp16", "fp8")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Device(_Frozen):
+    """One kind of device: its memory in bytes, rates in bytes/s and FLOP/s, and who says so.
+
+    A FLOP rate is that of dense matrix products; `spread` is its relative uncertainty.
+    """
+
+    memory: Memory
+    memory_rate: Rate
+    fp64: FlopRate | None = None
+    fp32: FlopRate | None = None
+    tf32: FlopRate | None = None
+    bf16: FlopRate | None = None
+    fp16: FlopRate | None = None
+    fp8: FlopRate | None = None
+    spread: float | None = Field(None, ge=0)
+    source: str
+
+    def flop_rate(self, dtype: str) -> float:
+        """FLOP per second in a dtype. Raises ConfigError listing the dtypes that are known."""
+        rate = getattr(self, dtype, None) if dtype in DTYPES else None
+        if not rate:
+            known = ", ".join(name for name in DTYPES if getattr(self, name))
+            raise ConfigError(f"no {dtype} rate of this device is known ({self.source}): {known}")
+        return rate
+
+
+def _devices(value: object) -> object:
+    """("big", 8) from "8 x big"."""
+    match = re.fullmatch(r"\s*(\d+)\s*x\s*(\S+)\s*", value) if isinstance(value, str) else None
+    if not match:
+        if isinstance(value, tuple):
+            return value
+        raise ValueError(f"{value!r} is not of the form '8 x NAME'")
+    return match[2], int(match[1])
+
+
+class Node(_Frozen):
+    """Some devices of one kind that share a link; `devices` is (kind, how many)."""
+
+    name: str
+    devices: Annotated[
+        tuple[str, int],
+        BeforeValidator(_devices),
+        PlainSerializer(lambda pair: f"{pair[1]} x {pair[0]}"),
+    ]
+
+
+class Link(_Frozen):
+    """What two devices of one node (`within`) or of two nodes (`between`) exchange.
+
+    `rate` is bytes/s each way and `latency` seconds of one message; with duplex `half` the two
+    ways share the rate. `spread` is the relative uncertainty of a message's time.
+    """
+
+    within: str | None = None
+    between: tuple[str, str] | None = None
+    rate: Rate = Field(gt=0)
+    latency: Seconds
+    duplex: Literal["full", "half"] = "full"
+    spread: float | None = Field(None, ge=0)
+    source: str = ""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Link:
+        if (self.within is None) == (self.between is None):
+            raise ValueError("a link is either `within` one node or `between` two")
+        return self
+
+    @property
+    def name(self) -> str:
+        """How traffic tables call it."""
+        return f"within {self.within}" if self.between is None else " - ".join(self.between)
+
+    def joins(self, a: str, b: str) -> bool:
+        """Whether devices of nodes a and b talk over this link."""
+        return (a == b == self.within) if self.between is None else {a, b} == set(self.between)
+
+
+class Cluster(_Frozen):
+    """Devices, nodes and links. Ranks count through the nodes in the order written.
+
+    `basis`: measured (by `stretto probe`), published (data sheets), projected (assumed); `date`
+    and `software` say when and with what. `read` raises ConfigError naming file, line and field.
+    """
+
+    name: str
+    basis: Basis
+    date: str = ""
+    software: str = ""
+    devices: dict[str, Device] = Field(min_length=1)
+    nodes: tuple[Node, ...] = Field(min_length=1)
+    links: tuple[Link, ...] = ()
+
+    @model_validator(mode="after")
+    def _complete(self) -> Cluster:
+        names = [node.name for node in self.nodes]
+        if len(set(names)) < len(names):
+            raise ValueError(f"nodes: names repeat in {names}")
+        for node in self.nodes:
+            kind, count = node.devices
+            if kind not in self.devices:
+                raise ValueError(
+                    f"nodes.{node.name}: unknown device {kind!r}, known are "
+                    f"{', '.join(self.devices)}"
+                )
+            if count < 1:
+                raise ValueError(f"nodes.{node.name}: {count} devices, at least 1 is needed")
+        _check_links(self, names)
+        return self
+
+    @classmethod
+    def read(cls, source: str | os.PathLike[str]) -> Cluster:
+        """A cluster from a file, or from the preset of that name. Raises ConfigError."""
+        known = presets()
+        path = known[str(source)] if str(source) in known else Path(source)
+        if not path.exists():
+            raise ConfigError(
+                f"no cluster file and no preset {str(source)!r}\n"
+                f"  to fix: `stretto probe -o cluster.yaml`, or a preset: {', '.join(known)}"
+            )
+        return documents.load(cls, documents.read(path, SCHEMA))
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write `cluster/1`; an existing file is replaced at once or not at all."""
+        documents.write(self, path, SCHEMA)
+
+    @property
+    def places(self) -> tuple[tuple[str, str], ...]:
+        """(node, device kind) of each rank."""
+        return tuple(
+            (node.name, node.devices[0]) for node in self.nodes for _ in range(node.devices[1])
+        )
+
+    @property
+    def size(self) -> int:
+        """How many devices there are, and so ranks."""
+        return sum(node.devices[1] for node in self.nodes)
+
+    def device(self, rank: int) -> Device:
+        return self.devices[self.places[rank][1]]
+
+    def link(self, a: int, b: int) -> Link:
+        """The link between two ranks' devices."""
+        ends = self.places[a][0], self.places[b][0]
+        return next(link for link in self.links if link.joins(*ends))
+
+    def first(self, count: int) -> Cluster:
+        """The same cluster cut down to its first `count` devices. Raises ConfigError."""
+        if not 1 <= count <= self.size:
+            raise ConfigError(f"{count} devices of {self.name}, which has {self.size}")
+        nodes, left = [], count
+        for node in self.nodes:
+            taken = min(left, node.devices[1])
+            if taken:
+                nodes.append(node.model_copy(update={"devices": (node.devices[0], taken)}))
+            left -= taken
+        kept = {node.name for node in nodes}
+        links = [k for k in self.links if {k.within, *(k.between or ())} - {None} <= kept]
+        return self.model_copy(update={"nodes": tuple(nodes), "links": tuple(links)})
+
+
+def presets() -> dict[str, Path]:
+    """The clusters that come with stretto, by name."""
+    folder = Path(str(resources.files("stretto.cluster") / "presets"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _check_links(cluster: Cluster, names: list[str]) -> None:
+    """Every pair of devices has exactly one link."""
+    for link in cluster.links:
+        unknown = {link.within, *(link.between or ())} - {None, *names}
+        if unknown:
+            raise ValueError(
+                f"links: {link.name}: unknown node {', '.join(sorted(map(str, unknown)))}"
+            )
+    pairs = [(n.name, n.name) for n in cluster.nodes if n.devices[1] > 1]
+    pairs += [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    for a, b in pairs:
+        found = sum(link.joins(a, b) for link in cluster.links)
+        if found != 1:
+            where = f"within {a}" if a == b else f"between {a} and {b}"
+            raise ValueError(f"links: {found} links {where}, exactly one is needed")

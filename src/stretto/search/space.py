@@ -1,0 +1,154 @@
+"""Plans for a workload on a cluster, in order of estimated time: cfg x step x window depth."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from stretto.cluster.model import Cluster
+from stretto.cost.estimate import Estimate
+from stretto.cost.estimate import estimate as cost_of
+from stretto.errors import ConfigError, PlanMismatch
+from stretto.plan.model import Origin, Plan
+from stretto.plan.options import Guidance, Steps, Tail
+from stretto.quantities import short
+from stretto.search import windows
+from stretto.search.resolve import guess_error, resolve
+from stretto.workload.denoise import branches, noise_of
+from stretto.workload.model import Workload
+
+Fidelity = Literal["exact", "approximate"]
+#: Estimates closer than this, relatively, are one place in the ranking.
+_TIE = 1e-6
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan with its estimate. `guess_error` is relative, within one noise grid; 0 is exact."""
+
+    plan: Plan
+    estimate: Estimate
+    guess_error: float
+
+    @property
+    def loses(self) -> bool:
+        """Whether one device alone is as fast: every further rank is wasted on it."""
+        return self.plan.world_size > 1 and self.estimate.speedup <= 1
+
+    def ties(self, other: Choice) -> bool:
+        """Whether both are expected to take the same time."""
+        return abs(self.estimate.seconds - other.estimate.seconds) <= _TIE * other.estimate.seconds
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Plans, fastest first; equal times go to the smaller guess error, then to fewer ranks.
+
+    `dropped`: (plan, why) of what was left out. `replica_seconds`: time per item when each device
+    makes items of its own, which no plan for one item can beat in throughput by much.
+    """
+
+    choices: tuple[Choice, ...]
+    dropped: tuple[tuple[Plan, str], ...]
+    fidelity: Fidelity
+    replica_seconds: float
+
+    @property
+    def best(self) -> Plan:
+        """The first plan, with where it came from written into it."""
+        first = self.choices[0]
+        note = f"{first.estimate.seconds:.3g} s, {len(self.choices)} plans compared"
+        origin = Origin(by=f"find_plans {self.fidelity}", basis="projected", note=note)
+        return first.plan.model_copy(update={"origin": origin})
+
+    def __str__(self) -> str:
+        lines = [f"{'seconds':>10} {'speedup':>8} {'windows':>8} {'guess error':>12}  plan"]
+        for place, choice in enumerate(self.choices):
+            tie = place > 0 and choice.ties(self.choices[place - 1])
+            note = " (tie)" * tie + " (loses to one device)" * choice.loses
+            found = choice.estimate
+            lines.append(
+                f"{found.seconds:>10.4g} {found.speedup:>7.2f}x {len(found.windows):>8} "
+                f"{choice.guess_error:>12.2g}  {choice.plan}{note}"
+            )
+        lines += [f"left out: {plan}: {why}" for plan, why in self.dropped]
+        lines.append(f"a replica per device: {short('s', self.replica_seconds)} per item, exact")
+        return "\n".join(lines)
+
+
+def find_plans(
+    workload: Workload | str | os.PathLike[str],
+    cluster: Cluster | str | os.PathLike[str],
+    fidelity: Fidelity = "exact",
+) -> Ranking:
+    """Plans for all or some of the cluster's devices, in order of estimated seconds.
+
+    "exact" splits guidance only; "approximate" adds step parallelism at the least depth, at that
+    of the published schedule and half-way from there to sequential, none below
+    `workload.limits.least_depth`. Plans that do not fit are in `dropped`, with the reason.
+    Takes nouns, files or the name of a preset cluster. Raises ConfigError.
+    """
+    if fidelity not in ("exact", "approximate"):
+        raise ConfigError(f"fidelity {fidelity!r} is unknown; known are 'exact' and 'approximate'")
+    workload = workload if isinstance(workload, Workload) else Workload.read(workload)
+    cluster = cluster if isinstance(cluster, Cluster) else Cluster.read(cluster)
+    choices, dropped = [], []
+    for plan in candidates(workload, cluster.size, fidelity):
+        try:
+            choice = _judge(workload, cluster, plan)
+        except PlanMismatch as error:
+            dropped.append((plan, str(error).partition("\n")[0]))
+            continue
+        if choice.estimate.fits:
+            choices.append(choice)
+        else:
+            dropped.append((plan, _shortage(workload, cluster, choice.estimate)))
+    if not choices:
+        raise ConfigError(f"no plan fits {cluster.name}: {dropped[0][1]}")
+    alone = choices[0].estimate.sequential_seconds
+    order = tuple(sorted(choices, key=_order))
+    return Ranking(order, tuple(dropped), fidelity, alone / cluster.size)
+
+
+def candidates(workload: Workload, ranks: int, fidelity: Fidelity) -> Iterator[Plan]:
+    """Every plan that is compared; the sequential one is always among them."""
+    for cfg in range(1, min(branches(workload), ranks) + 1):
+        yield Plan(cfg=Guidance(degree=cfg))
+        if fidelity == "approximate":
+            most = min(ranks // cfg, workload.steps)
+            for step in range(2, most + 1):
+                # Degrees that divide the ranks, and the largest: the ones between idle devices.
+                if step == most or (ranks // cfg) % step == 0:
+                    yield from _depths(workload, cfg, step)
+
+
+def _depths(workload: Workload, cfg: int, step: int) -> Iterator[Plan]:
+    default = windows.default_depth(workload.steps, step)
+    least = workload.limits.least_depth
+    wanted = {windows.least_depth(workload.steps, step), default, (default + workload.steps) // 2}
+    for depth in sorted({min(max(depth, least), workload.steps) for depth in wanted}):
+        steps = Steps(degree=step, windows=Tail(depth=depth))
+        yield Plan(step=steps, cfg=Guidance(degree=cfg))
+
+
+def _judge(workload: Workload, cluster: Cluster, plan: Plan) -> Choice:
+    noise = noise_of(workload)
+    sizes = resolve(plan.step, noise)
+    return Choice(plan, cost_of(workload, cluster, plan, sizes), guess_error(sizes, noise))
+
+
+def _order(choice: Choice) -> tuple[float, float, int]:
+    seconds = float(f"{choice.estimate.seconds:.6e}")
+    return seconds, choice.guess_error, choice.plan.world_size
+
+
+def _shortage(workload: Workload, cluster: Cluster, found: Estimate) -> str:
+    assert found.memory_bytes is not None, "only known memory can be short"
+    room = min(cluster.device(rank).memory for rank in range(found.plan.world_size))
+    allowed = workload.limits.memory_fraction * room
+    return (
+        f"needs {found.memory_bytes / 2**30:.2f} GiB per rank, {allowed / 2**30:.2f} GiB are "
+        f"allowed ({workload.limits.memory_fraction:g} of {room / 2**30:.2f} GiB)"
+    )
