@@ -13,6 +13,7 @@ import torch
 from stretto.diffusion.calibration import resolved
 from stretto.diffusion.hooks import Attachment
 from stretto.diffusion.predict import Predictor
+from stretto.diffusion.report import Report
 from stretto.errors import PlanMismatch, UnsupportedPipeline
 from stretto.mesh.local import LocalMesh, LocalWorld
 from stretto.mesh.mesh import TIMEOUT_S, Mesh
@@ -70,8 +71,10 @@ def emulate(
     """Like `parallelized`, with all ranks played in turn by this process, on one device.
 
     The same code decides the same things, so the result is bitwise that of real ranks on the same
-    kind of device; only the time is not. Yields an Emulation with `.report` (rank 0) and
-    `.reports`. `predictors`, one per rank, replace the plan's. A stochastic scheduler needs an explicit generator: UnsupportedPipeline.
+    kind of device; only the time is not. Yields an Emulation with `.report` (rank 0), and
+    `.reports` and `.results` of all ranks. `predictors`, one per rank, replace the plan's. A
+    stochastic scheduler needs an
+    explicit generator: UnsupportedPipeline.
     """
     chosen = resolved(plan if isinstance(plan, Plan) else read_plan(plan), pipe)
     plain = type(pipe)
@@ -107,10 +110,12 @@ class Emulation:
         self.predictors = predictors
         self.timeout_s = timeout_s
         self.plain = type(pipe)
-        self.reports: list = []
+        self.reports: list[Report] = []
+        self.results: list = []
+        self._structures: dict[int, dict] = {}
 
     @property
-    def report(self):
+    def report(self) -> Report:
         return self.reports[0]
 
     def call(self, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -123,15 +128,17 @@ class Emulation:
                 "this call drew from the default random generator, which virtual ranks share; "
                 "pass generator=torch.Generator().manual_seed(...)"
             )
+        self.results = [result for result, _ in outcomes]
         self.reports = [report for _, report in outcomes]
-        return outcomes[0][0]
+        return self.results[0]
 
     def _rank(self, mesh: LocalMesh, original: Any, args: tuple, kwargs: dict) -> tuple:
         pipe = self._clone(mesh.world_rank)
         if mesh.world_rank:
             args, kwargs = _own_generators(args), _own_generators(kwargs)
         predictor = self.predictors[mesh.world_rank] if self.predictors else None
-        options = {"denoiser": self.denoiser, "predictor": predictor}
+        structure = self._structures.setdefault(mesh.world_rank, {})
+        options = {"denoiser": self.denoiser, "predictor": predictor, "structure": structure}
         attachment = Attachment(pipe, self.plan, mesh, **options).attach()
         try:
             return attachment.call(original, *args, **kwargs), attachment.report

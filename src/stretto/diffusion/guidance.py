@@ -71,11 +71,13 @@ class Branches:
     """Evaluates denoiser calls over the cfg axis, and exact steps over the step axis too.
 
     `checked`: the class is known to be batch independent, so the first call is not verified.
+    `runs` counts forward passes made on this rank.
     """
 
     def __init__(self, option: Guidance, mesh: Mesh, *, checked: bool = False):
         self.option = option
         self.mesh = mesh
+        self.runs = 0
         self._checked = checked
         self._distributed = False
         self._calls = 0
@@ -94,13 +96,13 @@ class Branches:
         degree = self.mesh.size("cfg")
         share_step = share_step and known is not None and call.splits
         if degree == 1 or not call.splits:
-            return self._shared(call, known) if share_step else call.run()
+            return self._shared(call, known) if share_step else self._run(call)
         self._calls = max(self._calls, call.index + 1)
         if self._takes_batch(call):
             self._is_batched = True
             return self._batch(call, known, share_step)
         if known is None:
-            return call.run()
+            return self._run(call)
         return self._whole_call(call, known)
 
     def settle(self, guided: Tensor) -> Tensor:
@@ -121,6 +123,10 @@ class Branches:
             )
         self._steps += 1
 
+    def _run(self, call: Denoise) -> Any:
+        self.runs += 1
+        return call.run()
+
     def _takes_batch(self, call: Denoise) -> bool:
         if self.option.split == "calls":
             return False
@@ -136,7 +142,7 @@ class Branches:
         degree, own = self.mesh.size("cfg"), self.mesh.rank("cfg")
         part = call.chunk(own, degree)
         known_part = None if known is None else _cut(known, call.batch, slice(0, part.batch))
-        mine = self._shared(part, known_part) if share_step else part.run()
+        mine = self._shared(part, known_part) if share_step else self._run(part)
         whole = _map(lambda t: self._gather(t, "cfg", "guidance"), mine)
         if known is None and not self._checked:
             check_split(call, whole)
@@ -149,7 +155,7 @@ class Branches:
         """Call k belongs to cfg rank k mod degree; the leader needs every output."""
         owner, own = call.index % self.mesh.size("cfg"), self.mesh.rank("cfg")
         self._distributed = True
-        output = call.run() if own == owner else known
+        output = self._run(call) if own == owner else known
         if owner == 0 or own not in (0, owner):
             return output
 
@@ -164,9 +170,9 @@ class Branches:
         ranks, own = self.mesh.size("step"), self.mesh.rank("step")
         chunks = chunks_of(call.batch, ranks)
         if chunks == 1:
-            return call.run()
+            return self._run(call)
         size = call.batch // chunks
-        mine = call.chunk(own, chunks).run() if own < chunks else None
+        mine = self._run(call.chunk(own, chunks)) if own < chunks else None
         template = _cut(known, call.batch, slice(0, size))
         if chunks == ranks:
             return _map(lambda t: self._gather(t, "step", "exact"), mine)

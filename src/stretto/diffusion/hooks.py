@@ -38,6 +38,7 @@ class Attachment:
         *,
         denoiser: str | None = None,
         predictor: Predictor | None = None,
+        structure: dict | None = None,
         debug: bool = False,
     ):
         self.pipe = pipe
@@ -48,7 +49,8 @@ class Attachment:
         self.family = family_of(pipe)
         self.report: Report | None = None
         self._run: StepRun | None = None
-        self._structure: dict = {}
+        # Outputs by form of call: what a rank hands the pipeline where another one evaluates.
+        self._structure = {} if structure is None else structure
         self._undo: list[Callable[[], None]] = []
         self._in_place: list[Callable[[], bool]] = []
         self._modules = denoisers_of(pipe, denoiser)

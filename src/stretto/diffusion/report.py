@@ -28,7 +28,11 @@ class WindowRecord:
 
 
 class Report:
-    """The numbers of one generation on this rank; `close` makes the errors those of all ranks."""
+    """The numbers of one generation on this rank; `close` makes the errors those of all ranks.
+
+    `evaluations`: denoiser calls that this rank's part of the plan asks for. `structure_calls`:
+    calls made besides, to learn the form of an output, the first time a form occurs.
+    """
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -36,6 +40,7 @@ class Report:
         self.num_steps = 0
         self.guided_bytes = 0
         self.evaluations = 0
+        self.structure_calls = 0
         self.windows: list[WindowRecord] = []
         self.traffic = Traffic()
         self.network_calls = 0
@@ -73,6 +78,7 @@ class Report:
             "depth": self.depth,
             "ceiling": self.ceiling,
             "evaluations": self.evaluations,
+            "structure_calls": self.structure_calls,
             "network_calls": self.network_calls,
             "bytes_sent": self.bytes_sent,
             "bytes_by_phase": _by_phase(self.traffic),
@@ -95,6 +101,12 @@ class Report:
     def begin(self, num_steps: int, guided: Tensor) -> None:
         self.num_steps = num_steps
         self.guided_bytes = guided.numel() * guided.element_size()
+
+    def count(self, runs: int, *, planned: bool) -> None:
+        if planned:
+            self.evaluations += runs
+        else:
+            self.structure_calls += runs
 
     def own_error(self, position: int, error: Tensor) -> None:
         # Kept as a tensor: reading it would wait for the device inside the loop.

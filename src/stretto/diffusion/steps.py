@@ -110,10 +110,10 @@ class StepRun:
         self._call_counts[call.module] += 1
         key = call.key
         if self._evaluates or key not in self.structure:
-            known = self.structure.get(key)
+            known, before = self.structure.get(key), self.branches.runs
             shared = self._is_planned and self.window.size == 1 and self._shares_exact_steps
             self.structure[key] = self.branches.evaluate(call, known, share_step=shared)
-            self.report.evaluations += 1
+            self.report.count(self.branches.runs - before, planned=self._evaluates)
         return self.structure[key]
 
     def step(self, *args: Any, **kwargs: Any) -> Any:

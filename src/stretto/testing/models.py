@@ -62,7 +62,11 @@ class Case:
             "generator": torch.Generator("cpu").manual_seed(seed),
             **overrides,
         }
-        return _tensor(getattr(pipe(**arguments), self.output))
+        return self.tensor(pipe(**arguments))
+
+    def tensor(self, result) -> torch.Tensor:
+        """What a call of the pipeline returned, as one tensor."""
+        return _tensor(getattr(result, self.output))
 
 
 def _tensor(value) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -97,10 +98,13 @@ def _rank(body, sizes, args, rank, count, folder, limits, sender, path) -> None:
         limit = timedelta(seconds=limits[0])
         dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=limit)
         mesh = init_mesh(Axes(sizes), device="cpu", timeout_s=limits[1])
-        sender.send(("result", body(mesh, *args)))
+        # Plain pickle: multiprocessing's own would pass tensors as file descriptors of a rank that
+        # ends before they are opened.
+        sender.send_bytes(pickle.dumps(("result", body(mesh, *args))))
         _leave(store, rank, count)
     except BaseException as error:  # noqa: BLE001 - everything crosses to the parent
-        sender.send(("error", f"{type(error).__name__}: {error}", traceback.format_exc()))
+        content = ("error", f"{type(error).__name__}: {error}", traceback.format_exc())
+        sender.send_bytes(pickle.dumps(content))
     sender.close()
 
 
@@ -130,7 +134,7 @@ def _collect(pipes: Sequence, ranks: Sequence, timeout_s: float) -> list:
 
 def _receive(pipe, rank: int, process) -> object:
     try:
-        kind, *content = pipe.recv()
+        kind, *content = pickle.loads(pipe.recv_bytes())
     except EOFError:
         process.join(5)
         code = process.exitcode
