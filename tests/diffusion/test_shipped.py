@@ -363,7 +363,7 @@ class TestTraining:
         assert not torch.equal(first, other)
 
     def test_class_decides_the_picture(self):
-        recipe = toy("dit", steps=400, batch=64, lr=5e-3, width=32)
+        recipe = toy("dit", steps=500, batch=64, lr=5e-3, width=32)
         pipeline, loss = train.train(recipe, toy_pictures(), CPU)
         pipeline.set_progress_bar_config(disable=True)
         run = {"num_inference_steps": 12, "guidance_scale": 1.0, "output_type": "latent"}
