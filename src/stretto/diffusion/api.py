@@ -45,7 +45,8 @@ def parallelized(
     Source: ParaStep, NeurIPS 2025 (arXiv 2505.14741), section 3; classifier-free guidance over
     ranks as in xDiT (arXiv 2411.01738), section 3.
     """
-    chosen = resolved(plan if isinstance(plan, Plan) else read_plan(plan), pipe)
+    chosen = plan if isinstance(plan, Plan) else read_plan(plan)
+    chosen = resolved(chosen, pipe, mesh=mesh, denoiser=denoiser)
     if dict(chosen.sizes) != dict(mesh.sizes):
         raise PlanMismatch(
             f"the plan has {_axes(chosen.sizes)}, the mesh {_axes(mesh.sizes)}; "
@@ -76,7 +77,8 @@ def emulate(
     stochastic scheduler needs an
     explicit generator: UnsupportedPipeline.
     """
-    chosen = resolved(plan if isinstance(plan, Plan) else read_plan(plan), pipe)
+    chosen = plan if isinstance(plan, Plan) else read_plan(plan)
+    chosen = resolved(chosen, pipe, denoiser=denoiser)
     plain = type(pipe)
     emulation = Emulation(pipe, chosen, denoiser, predictors, timeout_s)
 

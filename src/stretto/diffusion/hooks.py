@@ -30,6 +30,9 @@ from stretto.plan.model import Plan
 class Attachment:
     """A pipeline under a plan: `report` of the last call, `provisional` in the present one."""
 
+    #: Makes the state machine of a call; calibration puts one here that measures.
+    run_type: Callable[..., StepRun] = StepRun
+
     def __init__(
         self,
         pipe: Any,
@@ -191,7 +194,7 @@ class Attachment:
         pipe = self.pipe
         if hasattr(pipe, "_num_timesteps"):
             pipe._num_timesteps = None
-        run = StepRun(
+        run = self.run_type(
             self.plan,
             self.mesh,
             self.port,

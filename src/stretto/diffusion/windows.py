@@ -8,6 +8,9 @@ from stretto.errors import PlanMismatch
 from stretto.plan.options import Adaptive, Fixed, Listed, Parastep, Steps, Tail
 from stretto.search import windows as search
 
+#: Grids are float32 inside schedulers; two that differ by less are the same one.
+_GRID_TOLERANCE = 1e-5
+
 
 class Schedule:
     """Window sizes in order. Fixed beforehand, or grown from the errors measured so far."""
@@ -71,9 +74,32 @@ def resolve(steps: Steps, noise: Sequence[float]) -> tuple[int, ...] | None:
     elif isinstance(option, Fixed):
         sizes = search.fixed(num_steps, degree, option.warmup, option.cooldown)
     elif isinstance(option, Listed):
+        _check_grid(option.grid, noise, degree)
         sizes = option.sizes
     else:
         assert isinstance(option, Adaptive), f"{option} is resolved before the run"
         return None
     search.check(sizes, num_steps, degree)
     return tuple(sizes)
+
+
+def _check_grid(grid: Sequence[float], noise: Sequence[float], degree: int) -> None:
+    """Sizes made for one noise grid say nothing about another. Raises PlanMismatch."""
+    if not grid:
+        return
+    here, there = len(noise) - 1, len(grid) - 1
+    fix = f"to fix: calibrate anew, stretto generate calibrate --degree {degree} --steps {here}"
+    if here != there:
+        raise PlanMismatch(
+            f"steps: {here} in this generation, {there} in the calibration\n"
+            "  why: windows are placed step by step\n"
+            f"  {fix}, or generate with {there} steps"
+        )
+    worst = max(range(here + 1), key=lambda step: abs(noise[step] - grid[step]))
+    if abs(noise[worst] - grid[worst]) > _GRID_TOLERANCE:
+        raise PlanMismatch(
+            f"noise grid: step {worst} of {here} starts at noise fraction {noise[worst]:.6f} in "
+            f"this generation, at {grid[worst]:.6f} in the calibration\n"
+            "  why: another shift, spacing or strength moves the steps that must be exact\n"
+            f"  {fix}"
+        )

@@ -71,12 +71,14 @@ class Listed:
     """Window sizes written out; they sum to the number of steps and start with 1.
 
     `damping[h-1]` in [0, 1] is the damping of the prediction h steps ahead, empty to fit it online.
+    `grid`: noise fractions s_0 .. s_N that the sizes were made for, empty for any grid.
     """
 
     __pydantic_config__ = _FORBID
     kind: Literal["listed"] = "listed"
     sizes: tuple[int, ...]
     damping: tuple[float, ...] = ()
+    grid: tuple[float, ...] = ()
 
     def short(self) -> str:
         return "listed " + " ".join(map(str, self.sizes))
