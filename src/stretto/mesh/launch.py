@@ -1,0 +1,326 @@
+"""Start ranks on this machine, follow them, and bring back what they return or why they failed.
+
+torchrun's Python API starts and supervises the processes. What crosses between a rank and its
+parent lies in files of one temporary folder, each written aside and renamed: notes (the latest
+sign of life), results, errors. So the parent knows what a rank did last even after it was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+from stretto import errors
+from stretto.errors import LaunchError, MeshTimeout, RankLost, StrettoError
+
+#: Tells the parent what this rank is doing: a stage, and optionally how far it is.
+Tell = Callable[..., None]
+#: What the parent gets: rank, and the fields of the note.
+OnNote = Callable[[int, dict], None]
+
+#: Imported once by the server that ranks are forked from. torch._dynamo and torch.optim come with
+#: diffusers; named here so that a server started for a smaller job serves a larger one as well.
+PRELOAD = ("torch", "torch.distributed", "torch.optim", "torch._dynamo", "stretto.mesh.mesh")
+#: Seconds between a peer's failure and the end of the others: time to write down what they saw.
+GRACE_S = 3.0
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What every rank gets."""
+
+    entry: Callable
+    args: tuple
+    folder: str
+    threads: int
+    path: tuple[str, ...] = field(default_factory=lambda: tuple(sys.path))
+
+
+def prepare(preload: Sequence[str] = (), *, threads: int = 1) -> None:
+    """Start importing torch and `preload` in the background, in the server ranks come from.
+
+    Worth calling as early as possible, before this process imports torch itself. A second call
+    does nothing.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOAD, *preload])
+    # Thread pools read this once, when torch is imported.
+    with _environment("OMP_NUM_THREADS", str(threads)):
+        forkserver.ensure_running()
+
+
+def launch(
+    entry: Callable[..., Any],
+    *args: Any,
+    ranks: int,
+    timeout_s: float,
+    threads: int = 1,
+    preload: Sequence[str] = (),
+    on_note: OnNote | None = None,
+) -> list[Any]:
+    """Run module-level `entry(tell, *args)` on `ranks` processes; results in rank order.
+
+    Arguments and results are pickled. Each rank has `threads` threads and torchrun's environment,
+    so `init_mesh(plan)` works inside. `tell(stage, **more)` is a rank's sign of life; each note
+    reaches `on_note` in this process. One rank runs in this process, without a launcher.
+    All processes have ended when it returns. Raises what a rank raised: errors of the tree in
+    their own type, others as LaunchError, both with the rank's traceback in `__notes__`;
+    RankLost when a rank dies, or when no rank gives a sign for `timeout_s` seconds.
+    """
+    if ranks == 1:
+        return [_here(entry, args, threads, on_note)]
+    prepare(preload, threads=threads)
+    with tempfile.TemporaryDirectory(prefix="stretto-") as folder:
+        job = _Job(entry, args, folder, threads)
+        watch = _Watch(Path(folder), ranks, timeout_s, on_note)
+        with watch, _quiet_launcher():
+            failure = _start(job, ranks)
+        return watch.outcome(failure)
+
+
+# ---- the parent ------------------------------------------------------------------------------
+
+
+def _start(job: _Job, ranks: int) -> str:
+    """Run the ranks to their end; what torchrun says of a failure, "" if there was none."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=Path(job.folder).name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=_POLL_S,
+        start_method="forkserver",
+        logs_specs=DefaultLogsSpecs(log_dir=str(Path(job.folder) / "logs")),
+    )
+    try:
+        elastic_launch(config, _rank)(job)
+    except ChildFailedError as error:
+        return "; ".join(
+            f"rank {rank} ended with exit code {failure.exitcode}"
+            for rank, failure in sorted(error.failures.items())
+        )
+    except SignalException as asked:
+        # torchrun's own exception would look like a bug to whoever pressed Ctrl-C.
+        if asked.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + asked.sigval) from None
+    return ""
+
+
+class _Watch:
+    """Follows the ranks' notes in a thread, and ends them all when none gives a sign of life."""
+
+    def __init__(self, folder: Path, ranks: int, timeout_s: float, on_note: OnNote | None):
+        self.folder = folder
+        self.ranks = ranks
+        self.timeout_s = timeout_s
+        self.on_note = on_note
+        self.notes: dict[int, dict] = {}
+        self.stalled = ""
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="watch-ranks", daemon=True)
+
+    def __enter__(self) -> _Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self._read()
+
+    def outcome(self, failure: str) -> list[Any]:
+        """The results, or the error that explains best why there are none."""
+        told = [error for error in map(self._error_of, range(self.ranks)) if error]
+        if self.stalled:
+            raise RankLost(self.stalled)
+        if told:
+            raise min(told, key=_precedence)
+        if failure:
+            raise RankLost(f"{failure}; last recorded: {self._last_words()}")
+        files = [self.folder / f"{rank}.result" for rank in range(self.ranks)]
+        return [pickle.loads(file.read_bytes()) for file in files]
+
+    def _follow(self) -> None:
+        # A rank's own waits time out first and know more; this is for when nobody is waiting.
+        limit = self.timeout_s + GRACE_S
+        last = time.monotonic()
+        while not self._done.wait(_POLL_S):
+            if self._read():
+                last = time.monotonic()
+            elif time.monotonic() - last > limit:
+                self.stalled = f"no rank gave a sign within {limit:g} s: {self._last_words()}"
+                self._end_all()
+                return
+
+    def _read(self) -> bool:
+        """Pick up new notes; whether there were any."""
+        news = False
+        for rank in range(self.ranks):
+            with contextlib.suppress(FileNotFoundError):
+                note = json.loads((self.folder / f"{rank}.note").read_text())
+                if note != self.notes.get(rank):
+                    self.notes[rank], news = note, True
+                    if self.on_note:
+                        self.on_note(rank, note)
+        return news
+
+    def _end_all(self) -> None:
+        for note in self.notes.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(note["pid"], signal.SIGKILL)
+
+    def _last_words(self) -> str:
+        words = []
+        for rank in range(self.ranks):
+            note = self.notes.get(rank)
+            if note is None:
+                words.append(f"rank {rank} (recorded nothing)")
+            else:
+                ago = time.time() - note["time"]
+                words.append(f"rank {rank} ({ago:.1f} s ago: {note['stage']})")
+        return "; ".join(words)
+
+    def _error_of(self, rank: int) -> StrettoError | None:
+        file = self.folder / f"{rank}.error"
+        if not file.is_file():
+            return None
+        told = json.loads(file.read_text())
+        kind = getattr(errors, told["kind"], None)
+        if isinstance(kind, type) and issubclass(kind, StrettoError):
+            error = kind(told["message"])
+        else:
+            error = LaunchError(
+                f"rank {rank} raised {told['kind']}: {told['message']}\n{told['traceback']}"
+            )
+        error.add_note(f"in rank {rank}:\n{told['traceback']}")
+        error.told_at = told["time"]
+        return error
+
+
+def _precedence(error: StrettoError) -> tuple[bool, float]:
+    """Causes before their consequences at waiting peers, then the earliest."""
+    return isinstance(error, MeshTimeout), error.told_at
+
+
+def _here(entry: Callable, args: tuple, threads: int, on_note: OnNote | None) -> Any:
+    import torch
+
+    def tell(stage: str, **more: Any) -> None:
+        if on_note:
+            on_note(0, {"stage": stage, **more})
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return entry(tell, *args)
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _quiet_launcher() -> Iterator[None]:
+    """torchrun logs each failing rank with its traceback; here the error is raised instead."""
+    importlib.import_module("torch.distributed.launcher.api")
+    names = [n for n in logging.root.manager.loggerDict if n.startswith("torch.distributed.elas")]
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger, was in zip(loggers, before, strict=True):
+            logger.disabled = was
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+# ---- a rank ----------------------------------------------------------------------------------
+
+
+def _rank(job: _Job) -> None:
+    """Body of a rank: run the entry, leave its result or error in the folder."""
+    _end_soon_when_asked()
+    sys.path[:] = job.path
+    folder, rank = Path(job.folder), int(os.environ["RANK"])
+    if sys.platform == "linux":
+        # All ranks are on this machine, whose own name may resolve to nothing.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    import torch
+
+    torch.set_num_threads(job.threads)
+
+    def tell(stage: str, **more: Any) -> None:
+        note = {"pid": os.getpid(), "time": time.time(), "stage": stage, **more}
+        _write(folder / f"{rank}.note", json.dumps(note).encode())
+
+    tell("started")
+    try:
+        result = job.entry(tell, *job.args)
+        _write(folder / f"{rank}.result", pickle.dumps(result))
+        tell("done")
+    except BaseException as error:
+        told = {"kind": type(error).__name__, "message": str(error), "time": time.time()}
+        told["traceback"] = traceback.format_exc()
+        _write(folder / f"{rank}.error", json.dumps(told).encode())
+        # torchrun would print the traceback again, once per rank.
+        os._exit(1)
+
+
+def _end_soon_when_asked() -> None:
+    """On SIGTERM leave GRACE_S seconds, then end, wherever the main thread is.
+
+    torchrun sends it when a peer failed. Ending at once would lose what this rank has seen; a
+    handler would wait for the main thread to come back from a collective.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def end() -> None:
+        signal.sigwait({signal.SIGTERM})
+        time.sleep(GRACE_S)
+        os._exit(143)
+
+    threading.Thread(target=end, name="end-when-asked", daemon=True).start()
+
+
+def _write(file: Path, content: bytes) -> None:
+    aside = file.with_suffix(f"{file.suffix}-aside")
+    aside.write_bytes(content)
+    aside.replace(file)
