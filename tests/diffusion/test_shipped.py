@@ -457,6 +457,12 @@ def test_training_imports_on_a_bare_machine():
     assert "stretto.diffusion.shipped.train" in modules_after(code)
 
 
+def test_loading_imports_the_model_class_itself():
+    """diffusers finds a custom class only in a module that somebody imported before."""
+    code = "from stretto.diffusion.shipped.load import load; load('dit')"
+    assert "stretto.diffusion.shipped.dit" in modules_after(code)
+
+
 def test_the_unet_twin_is_epsilon_and_ddim():
     pipe = load.load("unet")
     assert isinstance(pipe.scheduler, DDIMScheduler)

@@ -15,6 +15,8 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+# Needed at run time too: diffusers loads a custom component only from a module already imported.
+from stretto.diffusion.shipped.dit import ClassDiT
 from stretto.errors import ConfigError
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -196,7 +198,7 @@ class ClassDiTPipeline(ClassPipeline):
 
     model_cpu_offload_seq = "transformer"
 
-    def __init__(self, transformer: Any, scheduler: Any) -> None:
+    def __init__(self, transformer: ClassDiT, scheduler: Any) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
         self._setup()
