@@ -99,7 +99,7 @@ def test_errors_of_one_rank_pass_unchanged():
     def fails(tell):
         raise PlanMismatch("as it was")
 
-    with pytest.raises(PlanMismatch, match="^as it was$"):
+    with pytest.raises(PlanMismatch, match=r"^as it was$"):
         run(fails, ranks=1)
 
 

@@ -296,7 +296,7 @@ def _rank(job: _Job) -> None:
         result = job.entry(tell, *job.args)
         _write(folder / f"{rank}.result", pickle.dumps(result))
         tell("done")
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - everything crosses to the parent
         told = {"kind": type(error).__name__, "message": str(error), "time": time.time()}
         told["traceback"] = traceback.format_exc()
         _write(folder / f"{rank}.error", json.dumps(told).encode())
