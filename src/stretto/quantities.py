@@ -21,7 +21,7 @@ _SCALES = {
     **{prefix: 10.0 ** (3 * power) for power, prefix in enumerate("kMGTP", start=1)},
     **{prefix + "i": 1024.0**power for power, prefix in enumerate("KMGT", start=1)},
 }
-_TEXT = re.compile(r"\s*([-+]?\d+\.?\d*(?:[eE][-+]?\d+)?)\s*([numkMGTP]?i?)([A-Za-z].*?)\s*")
+_TEXT = re.compile(r"\s*([-+]?\d+\.?\d*(?:[eE][-+]?\d+)?)\s*([numkKMGTP]?i?)([A-Za-z].*?)\s*")
 _SMALL = ("n", "u", "m", "")
 _LARGE = ("", "k", "M", "G", "T", "P")
 _BINARY = ("", "Ki", "Mi", "Gi", "Ti")
@@ -76,9 +76,10 @@ def _quantity(unit: str, prefixes: tuple[str, ...]) -> tuple[BeforeValidator, Pl
 
 def _whole_bytes(value: object) -> int:
     number = parse("B", value)
-    if number != int(number):
+    # "11.8 GiB" is meant to the digit that it shows; "1.5 B" is a mistake.
+    if number < 1000 and number != int(number):
         raise ValueError(f"{value!r} is {number:g} bytes, which is not a whole number")
-    return int(number)
+    return round(number)
 
 
 #: A whole number of bytes of a device's memory, written in GiB.

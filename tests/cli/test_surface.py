@@ -4,6 +4,17 @@ from stretto.cli.app import COMMANDS, build
 
 SURFACE = {
     "doctor": {"--json"},
+    "explain": {
+        "--cluster",
+        "--diff",
+        "--guided-bytes",
+        "--json",
+        "--plan",
+        "--shift",
+        "--steps",
+        "--workload",
+    },
+    "probe": {"--force", "--json", "--out", "--ranks", "-o"},
 }
 
 

@@ -18,6 +18,8 @@ from stretto.errors import StrettoError
 #: command's docstring, so that help imports no command and so no torch.
 COMMANDS = {
     "doctor": ("stretto.cli.doctor:doctor", "What works on this machine, and what to install."),
+    "explain": ("stretto.cli.explain:explain", "Time, bytes and limits of a plan."),
+    "probe": ("stretto.cli.probe:probe", "Measure devices and links into a cluster file."),
 }
 
 

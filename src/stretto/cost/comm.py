@@ -28,13 +28,14 @@ class Path:
 
     def seconds(self, verb: str, sent_bytes: float, ranks: int) -> float:
         """Time of one collective in which the busiest rank sends `sent_bytes` to `ranks` - 1."""
-        if verb == "all_gather":
-            return sent_bytes / self.rate + (ranks - 1) * self.link.latency
-        if verb == "broadcast":
-            rounds, message = (ranks - 1).bit_length(), sent_bytes / (ranks - 1)
-            return rounds * (message / self.rate + self.link.latency)
-        assert verb == "permute", f"no cost is known for {verb}"
-        return sent_bytes / self.rate + self.link.latency
+        message = sent_bytes if verb == "permute" else sent_bytes / (ranks - 1)
+        return hops(verb, ranks) * (message / self.rate + self.link.latency)
+
+
+def hops(verb: str, ranks: int) -> int:
+    """Messages that follow one another in a collective of at least two ranks."""
+    known = {"all_gather": ranks - 1, "broadcast": (ranks - 1).bit_length(), "permute": 1}
+    return known[verb]
 
 
 def groups(plan: Plan, axis: str) -> list[tuple[int, ...]]:

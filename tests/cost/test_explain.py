@@ -1,0 +1,67 @@
+"""The words of an explanation: what limits, where a plan loses, what would be faster."""
+
+import pytest
+
+from stretto import explain
+from stretto.errors import ConfigError
+from stretto.plan.model import Plan
+from stretto.search.judge import outline
+from stretto.workload.model import Workload
+from tests.cluster.make import line
+
+
+def job(steps=50, **fields):
+    return Workload.denoise(steps, **{"evaluation_seconds": 1.0, "guided_bytes": 10**6, **fields})
+
+
+def test_phases_hops_and_the_limit():
+    text = explain(Plan(step=4, cfg=2), job(), line(8))
+    assert "evaluate" in text.split("<- limits")[0].splitlines()[-1]
+    assert "axis step: 4 ranks, within n, 1 GB/s, 10 us a hop" in text
+    assert "projected from a projected cluster" in text
+    assert "memory: not known" in text
+    assert "17 windows: 1 4" in text
+
+
+def test_a_slow_link_is_called_so():
+    text = explain(Plan(step=8), job(evaluation_seconds=0.01), line(8, rate=1e6))
+    assert "the link takes longer than the model" in text
+    assert "one device alone is as fast" in text
+    assert "exchange" in text.split("<- limits")[0].splitlines()[-1]
+
+
+def test_few_steps_and_replicas_are_named():
+    text = explain(Plan(step=4), job(8), line(4))
+    assert "8 steps are few for step parallelism" in text
+    assert "a replica on each of 4 devices takes 2 s per item and is exact" in text
+    assert "cfg=2 is exact, step parallelism is not" in text
+
+
+def test_no_warning_without_a_reason():
+    assert "note:" not in explain(Plan(), job(), line(1))
+
+
+def test_a_faster_plan_stands_with_its_guess_error():
+    text = explain(Plan(), job(), line(2))
+    assert "generate: cfg2 = 2 ranks: 2.00x faster" in text
+    assert "guess error 0 against 0 here" in text
+    assert explain(Plan(), job(), line(1)).endswith("nothing that was tried")
+
+
+def test_a_difference_goes_phase_by_phase():
+    text = explain(Plan(step=2), job(), line(8), diff=Plan(cfg=2))
+    assert text.count("first:") == text.count("second:") == 1
+    row = next(k for k in text.splitlines() if k.strip().startswith("total")).split()
+    assert float(row[5]) == pytest.approx(float(row[3]) - float(row[1]), abs=1e-2)
+
+
+def test_without_a_cluster_there_are_no_times():
+    assert "seconds" not in explain(Plan(step=2))
+    with pytest.raises(ConfigError, match="both a workload and a cluster"):
+        explain(Plan(step=2), job())
+
+
+def test_an_outline_has_exact_bytes():
+    text = outline(Plan(step={"degree": 2, "windows": {"kind": "fixed"}}), 5, 1.0, 1000)
+    assert "3 windows for 5 steps: 1 2 2" in text
+    assert f"step rank 1 sends {2 * 1256 + 40} bytes" in text
