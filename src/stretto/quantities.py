@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
 from functools import partial
 from typing import Annotated
 
 from pydantic import BeforeValidator, PlainSerializer
 
+_POWERS = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15}
 _SCALES = {
-    "n": 1e-9,
-    "u": 1e-6,
-    "m": 1e-3,
-    "": 1.0,
-    **{prefix: 10.0 ** (3 * power) for power, prefix in enumerate("kMGTP", start=1)},
+    **{prefix: float(f"1e{power}") for prefix, power in _POWERS.items()},
     **{prefix + "i": 1024.0**power for power, prefix in enumerate("KMGT", start=1)},
 }
 _TEXT = re.compile(r"\s*([-+]?\d+\.?\d*(?:[eE][-+]?\d+)?)\s*([numkKMGTP]?i?)([A-Za-z].*?)\s*")
@@ -39,7 +37,7 @@ def parse(unit: str, value: object) -> float:
         known = _SMALL if unit == "s" else (*_LARGE, *_BINARY)
         if not match or match[3] != unit or match[2] not in known:
             raise ValueError(f"{value!r} is no quantity; write number and unit, as {_like(unit)}")
-        number = float(match[1]) * _SCALES[match[2]]
+        number = _scaled(match[1], match[2])
     if not math.isfinite(number) or number < 0:
         raise ValueError(f"{value!r} must be finite and not negative")
     return number
@@ -49,12 +47,19 @@ def render(unit: str, prefixes: tuple[str, ...], value: float) -> str:
     """The text of a value that `parse` reads back to the same number, short where it can be."""
     fitting = [p for p in prefixes if value >= _SCALES[p]] or [prefixes[0]]
     prefix = fitting[-1] if value else ""
-    scaled = value / _SCALES[prefix]
-    for text in (f"{scaled:.4g}", repr(scaled)):
-        written = f"{text} {prefix}{unit}"
-        if parse(unit, written) == value:
-            return written
-    return f"{value!r} {unit}"
+    if prefix in _POWERS:
+        # Decimal, so that 1.476e-4 s is 147.6 us and not its neighbour among the floats.
+        text = f"{Decimal(repr(value)).scaleb(-_POWERS[prefix]).normalize():f}"
+    else:
+        text = f"{value / _SCALES[prefix]:.6g}"
+    written = f"{text} {prefix}{unit}"
+    return written if parse(unit, written) == value else f"{value!r} {unit}"
+
+
+def _scaled(number: str, prefix: str) -> float:
+    if prefix in _POWERS:
+        return float(Decimal(number).scaleb(_POWERS[prefix]))
+    return float(number) * _SCALES[prefix]
 
 
 def short(unit: str, value: float) -> str:

@@ -73,7 +73,7 @@ def describe(measured: Measured, link: Fit | None, *, load: float) -> Cluster:
     found = (detect.gpus() if measured.device == "cuda" else None) or [detect.cpu()]
     memory = found[0].memory_bytes // (1 if measured.device == "cuda" else measured.ranks)
     device = Device(
-        memory=memory // 2**20 * 2**20,
+        memory=memory // 2**26 * 2**26,
         memory_rate=_four(measured.memory_rate),
         source=f"measured: {on}, {found[0].name}, {measured.ranks} rank(s) at once",
         **rates,
