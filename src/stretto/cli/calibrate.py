@@ -1,0 +1,174 @@
+"""`stretto generate calibrate`: measure where exact steps belong, and write a plan file."""
+
+from __future__ import annotations
+
+import inspect
+import json as jsonlib
+import math
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from cyclopts import Parameter, validators
+from rich.console import Console
+from rich.table import Table
+
+from stretto.diffusion.calibrate import calibrate as measure
+from stretto.diffusion.calibration import Calibration, Entry, write_calibration
+from stretto.diffusion.folder import open_pipeline
+from stretto.errors import ConfigError, UnsupportedPipeline
+
+_AT_LEAST_1 = Parameter(validator=validators.Number(gte=1))
+_MANY = Parameter(consume_multiple=True)
+
+
+def calibrate(
+    folder: str = "dit",
+    /,
+    *,
+    degree: Annotated[int, Parameter(validator=validators.Number(gte=2))] = 4,
+    depth: Annotated[list[int] | None, _MANY] = None,
+    steps: Annotated[int, _AT_LEAST_1] = 50,
+    guidance_scale: float | None = None,
+    classes: Annotated[list[int] | None, _MANY] = None,
+    prompt: Annotated[list[str] | None, _MANY] = None,
+    calls: Annotated[int, _AT_LEAST_1] = 2,
+    holdout: Annotated[int, _AT_LEAST_1] = 2,
+    seed: int = 0,
+    out: Annotated[Path, Parameter(name=("--out", "-o"))] = Path("calibration.yaml"),
+    json: bool = False,
+) -> int:
+    """Measure window plans for step ranks, verify them, and write a calibration file.
+
+    Runs on one process. Takes about (1 + 2 degree) x calls generations, and up to 10 more per
+    depth and held-out call; the shipped model needs two to four minutes.
+
+    Parameters
+    ----------
+    folder
+        A local diffusers pipeline, or a shipped model: dit, unet.
+    degree
+        Step ranks that the plan is for.
+    depth
+        Sequential evaluations to find plans for; by default that of the published schedule and
+        its two neighbours.
+    steps
+        Denoising steps; a plan holds for this number only.
+    guidance_scale
+        By default the pipeline's own.
+    classes
+        Classes of the pictures in turn: first those of the calls, then the held-out ones.
+    prompt
+        Prompts in turn, for pipelines that take text.
+    calls
+        Generations that are measured, one item each.
+    holdout
+        Generations that the plans are verified on.
+    seed
+        Seed of the first generation; each takes the next.
+    out
+        Where the calibration is written.
+    json
+        Print one JSON object.
+    """
+    _check_writable(out)
+    pipe = open_pipeline(folder)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    subjects = _subjects(pipe, classes, prompt, calls + holdout)
+    requests = [_request(subject, seed + index, options) for index, subject in enumerate(subjects)]
+    started = time.perf_counter()
+    with Console(stderr=True).status("measuring") as status:
+        found = measure(
+            pipe,
+            requests[:calls],
+            degree=degree,
+            depths=depth,
+            holdout=requests[calls:],
+            say=status.update,
+        )
+    seconds = time.perf_counter() - started
+    write_calibration(found, out)
+    if json:
+        document = {"file": str(out), "seconds": seconds, **found.model_dump(mode="json")}
+        print(jsonlib.dumps(_finite(document), indent=2, allow_nan=False))
+    else:
+        _show(found, out, seconds)
+    return 0
+
+
+def _subjects(
+    pipe: Any, classes: list[int] | None, prompt: list[str] | None, count: int
+) -> list[dict[str, Any]]:
+    """What each generation shows, as arguments of the pipeline's call."""
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    if "class_labels" in accepted and prompt is None:
+        known = getattr(pipe, "num_classes", 1)
+        wanted = classes or [index % known for index in range(count)]
+        return [{"class_labels": [wanted[index % len(wanted)]]} for index in range(count)]
+    if "prompt" in accepted and classes is None:
+        if not prompt:
+            raise ConfigError(f"{type(pipe).__name__} takes text: pass --prompt, once or more")
+        return [{"prompt": prompt[index % len(prompt)]} for index in range(count)]
+    raise UnsupportedPipeline(
+        f"{type(pipe).__name__} cannot be called with "
+        f"{'--classes' if classes else '--prompt' if prompt else 'classes or prompts alone'}: it "
+        f"takes {', '.join(name for name in accepted if name != 'self')}\n"
+        "  to fix: stretto.diffusion.calibrate.calibrate(pipe, calls, ...) takes calls of any form"
+    )
+
+
+def _request(subject: dict[str, Any], seed: int, options: dict[str, Any]) -> dict[str, Any]:
+    given = {name: value for name, value in options.items() if value is not None}
+    generator = torch.Generator().manual_seed(seed)
+    return {**subject, **given, "generator": generator, "output_type": "np"}
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse before minutes of measuring, not after."""
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if out.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"cannot write {out}: pass --out with a file in a folder of yours")
+
+
+def _show(found: Calibration, out: Path, seconds: float) -> None:
+    table = Table(title=f"{found.steps} steps on {found.degree} step ranks, PSNR in dB")
+    for name in ("depth", "ceiling", "verified", "tail", "parastep", "predicted", "guesses"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("windows", min_width=10)
+    for entry in found.frontier:
+        table.add_row(*_row(entry, found.steps))
+    console, evidence = Console(), found.evidence
+    console.print(table)
+    console.print(
+        f"Verified, tail and parastep: against sequential, {len(evidence.holdout)} generation(s) "
+        f"not used for planning, data range {evidence.data_range:.4g}, noise floor "
+        f"{evidence.floor_db:.1f} dB. Predicted: mean squared error of latents that the windows "
+        "add.",
+        soft_wrap=True,
+    )
+    console.print(f"written: {out}, after {seconds:.0f} s", soft_wrap=True)
+
+
+def _row(entry: Entry, steps: int) -> list[str]:
+    return [
+        str(entry.depth),
+        f"{steps / entry.depth:.2f}x",
+        f"{entry.verified_db:.1f}",
+        f"{entry.tail_db:.1f}",
+        f"{entry.parastep_db:.1f}",
+        f"{entry.predicted:.1e}",
+        "stored" if entry.damping else entry.predictor,
+        " ".join(map(str, entry.windows)),
+    ]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: null stands for the PSNR of equal results."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
