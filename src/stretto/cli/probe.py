@@ -32,7 +32,7 @@ def probe(
 ) -> int:
     """Measure this machine's devices and the links between ranks, and write a cluster file.
 
-    Takes about 15 seconds, and refuses while the machine is busy.
+    Takes about ten seconds, and refuses while the machine is busy.
 
     Parameters
     ----------

@@ -7,22 +7,16 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import statistics
-import tempfile
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from stretto.errors import ConfigError, LaunchError, RankLost
+from stretto.errors import ConfigError
+from stretto.mesh.launch import Tell, launch
 from stretto.mesh.mesh import Mesh, init_mesh
 
 #: Message sizes, bytes: 1 KiB to 16 MiB.
@@ -88,51 +82,18 @@ def refuse_load(load: float, cores: int) -> None:
         )
 
 
-def probe(ranks: int, *, timeout_s: float = 120.0) -> Measured:
-    """Start `ranks` ranks on this machine, measure, and return rank 0's view of all of them.
+def probe(ranks: int, *, timeout_s: float = 60.0) -> Measured:
+    """Start `ranks` ranks on this machine, measure, and return what all of them saw.
 
     GPUs where there are any, one per rank over NCCL if there are enough of them; else one CPU
-    thread per rank over gloo. Raises LaunchError with a rank's traceback, RankLost on timeout.
+    thread per rank over gloo. Raises what `launch` raises.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "stretto.mesh.probe"])
-    with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = [], []
-        for rank in range(ranks):
-            receiver, sender = context.Pipe(duplex=False)
-            job = (rank, ranks, folder, timeout_s, sender)
-            processes.append(context.Process(target=_rank, args=job, daemon=True))
-            processes[-1].start()
-            sender.close()
-            pipes.append(receiver)
-        try:
-            return _results(pipes, timeout_s)[0]
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+    return launch(_rank, ranks, timeout_s, ranks=ranks, timeout_s=timeout_s)[0]
 
 
-def _rank(rank: int, ranks: int, folder: str, timeout_s: float, sender) -> None:
-    """One rank: join, measure, report; it stays until it is ended, so that no peer misses it."""
-    torch.set_num_threads(1)
-    try:
-        enough = torch.cuda.is_available() and ranks <= torch.cuda.device_count()
-        store = dist.FileStore(str(Path(folder) / "store"), ranks)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if enough else "gloo",
-            store=store,
-            rank=rank,
-            world_size=ranks,
-            timeout=timedelta(seconds=timeout_s),
-        )
-        os.environ["LOCAL_RANK"] = str(rank)  # in this child only: which GPU is ours
-        mesh = init_mesh(_Line({"step": ranks}), timeout_s=timeout_s)
-        backend = "nccl" if enough else "gloo"
-        sender.send(("result", measure(mesh, backend=backend)))
-    except BaseException as error:  # noqa: BLE001 - everything crosses to the parent
-        sender.send(("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
-    time.sleep(timeout_s)
+def _rank(tell: Tell, ranks: int, timeout_s: float) -> Measured:
+    mesh = init_mesh(_Line({"step": ranks}), timeout_s=timeout_s)
+    return measure(mesh, tell=tell)
 
 
 @dataclass(frozen=True)
@@ -142,35 +103,10 @@ class _Line:
     sizes: Mapping[str, int]
 
 
-def _results(pipes: list[Connection], timeout_s: float) -> list[Measured]:
-    """One result per rank, or the first failure."""
-    results: dict[int, Measured] = {}
-    deadline = time.monotonic() + timeout_s
-    while len(results) < len(pipes):
-        left = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
-        ready = wait(list(left), timeout=max(0.0, deadline - time.monotonic()))
-        if not ready:
-            raise RankLost(f"probe: ranks {sorted(left.values())} gave nothing in {timeout_s:g} s")
-        for pipe, rank in left.items():
-            if pipe in ready:
-                results[rank] = _received(pipe, rank)
-    return [results[rank] for rank in range(len(pipes))]
-
-
-def _received(pipe: Connection, rank: int) -> Measured:
-    try:
-        kind, content = pipe.recv()
-    except EOFError:
-        raise RankLost(f"probe: rank {rank} ended without a result") from None
-    if kind == "error":
-        raise LaunchError(f"probe: rank {rank} raised {content}")
-    return content
-
-
 def measure(
     mesh: Mesh,
     *,
-    backend: str = "gloo",
+    tell: Tell = lambda stage: None,
     dtypes: tuple[str, ...] = (),
     sides: tuple[int, ...] = MATRIX_SIDES,
     message_bytes: tuple[int, ...] = MESSAGE_BYTES,
@@ -178,15 +114,30 @@ def measure(
     """Samples of one mesh along its step axis; every rank calls it and gets the same figures.
 
     `dtypes` empty takes those of the device: fp64, fp32, bf16, and fp16 where it is a GPU.
+    `tell` hears what is being measured.
     """
-    names = dtypes or tuple(DTYPES)[: 4 if mesh.device.type == "cuda" else 3]
-    products = tuple(Product(name, n, _product(mesh, name, n)) for name in names for n in sides)
+    products: list[Product] = []
+    for name in dtypes or tuple(DTYPES)[: 4 if mesh.device.type == "cuda" else 3]:
+        tell(f"matmul {name}")
+        products += [Product(name, side, _product(mesh, name, side)) for side in sides]
+    tell("memory copy")
     copy = _copy(mesh)
     messages: list[Message] = []
-    if mesh.size("step") > 1:
-        for num_bytes in message_bytes:
-            messages += _messages(mesh, num_bytes)
-    return Measured(mesh.size("step"), mesh.device.type, backend, copy, products, tuple(messages))
+    for num_bytes in message_bytes if mesh.size("step") > 1 else ():
+        tell(f"messages of {num_bytes} bytes")
+        messages += _messages(mesh, num_bytes)
+    carrier = _carrier(mesh) if messages else "none"
+    size = mesh.size("step")
+    return Measured(size, mesh.device.type, carrier, copy, tuple(products), tuple(messages))
+
+
+def _carrier(mesh: Mesh) -> str:
+    """Which back end moves this mesh's tensors."""
+    if not dist.is_initialized():
+        return "threads"
+    # As torch writes it: "gloo", or one back end per kind of device.
+    by_kind = dict(part.split(":") for part in dist.get_backend_config().split(",") if ":" in part)
+    return by_kind.get(mesh.device.type, dist.get_backend())
 
 
 def _product(mesh: Mesh, dtype: str, side: int) -> float:
