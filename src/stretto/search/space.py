@@ -20,8 +20,9 @@ from stretto.workload.denoise import branches, noise_of
 from stretto.workload.model import Workload
 
 Fidelity = Literal["exact", "approximate"]
-#: Estimates closer than this, relatively, are one place in the ranking.
-_TIE = 1e-6
+#: Estimates closer than this, relatively, are one place in the ranking: no projection tells them
+#: apart, and an exact plan must not lose to an approximate one by a latency.
+TIE = 0.01
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,14 @@ class Choice:
         return self.plan.world_size > 1 and self.estimate.speedup <= 1
 
     def ties(self, other: Choice) -> bool:
-        """Whether both are expected to take the same time."""
-        return abs(self.estimate.seconds - other.estimate.seconds) <= _TIE * other.estimate.seconds
+        """Whether no projection tells the two times apart."""
+        times = self.estimate.seconds, other.estimate.seconds
+        return max(times) <= (1 + TIE) * min(times)
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Plans, fastest first; equal times go to the smaller guess error, then to fewer ranks.
+    """Plans, fastest first; times within 1 % are ties: smaller guess error, then fewer ranks.
 
     `dropped`: (plan, why) of what was left out. `replica_seconds`: time per item when each device
     makes items of its own, which no plan for one item can beat in throughput by much.
@@ -108,8 +110,7 @@ def find_plans(
     if not choices:
         raise ConfigError(f"no plan fits {cluster.name}: {dropped[0][1]}")
     alone = choices[0].estimate.sequential_seconds
-    order = tuple(sorted(choices, key=_order))
-    return Ranking(order, tuple(dropped), fidelity, alone / cluster.size)
+    return Ranking(tuple(_ordered(choices)), tuple(dropped), fidelity, alone / cluster.size)
 
 
 def candidates(workload: Workload, ranks: int, fidelity: Fidelity) -> Iterator[Plan]:
@@ -139,9 +140,15 @@ def _judge(workload: Workload, cluster: Cluster, plan: Plan) -> Choice:
     return Choice(plan, cost_of(workload, cluster, plan, sizes), guess_error(sizes, noise))
 
 
-def _order(choice: Choice) -> tuple[float, float, int]:
-    seconds = float(f"{choice.estimate.seconds:.6e}")
-    return seconds, choice.guess_error, choice.plan.world_size
+def _ordered(choices: list[Choice]) -> Iterator[Choice]:
+    """By time; a group that ties with its fastest, by guess error, ranks, time."""
+    left = sorted(choices, key=lambda choice: choice.estimate.seconds)
+    while left:
+        group = [choice for choice in left if choice.ties(left[0])]
+        yield from sorted(
+            group, key=lambda c: (c.guess_error, c.plan.world_size, c.estimate.seconds)
+        )
+        left = left[len(group) :]
 
 
 def _shortage(workload: Workload, cluster: Cluster, found: Estimate) -> str:
