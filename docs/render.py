@@ -17,8 +17,10 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from cyclopts import App
 
 import stretto
 
@@ -163,14 +165,22 @@ def first_line(value: object) -> str:
 
 
 def command_reference() -> str:
-    """The help text of `stretto` and of each command."""
-    from stretto.cli.app import COMMANDS
+    """The help text of `stretto` and of each command, those below another command too."""
+    from stretto.cli.app import build
 
     parts = [BY_SCRIPT, "# Commands\n"]
-    for words in ([], *([name] for name in COMMANDS)):
+    for words in ([], *below(build(), [])):
         title = " ".join(["stretto", *words])
         parts.append(f"## {title}\n\n```\n{help_of(words)}\n```\n")
     return "\n".join(parts)
+
+
+def below(app: App, words: list[str]) -> Iterator[list[str]]:
+    """The words of every command under `app`, in the order of the table."""
+    for name in app:
+        if not name.startswith("-"):
+            yield [*words, name]
+            yield from below(app[name], [*words, name])
 
 
 def help_of(words: list[str]) -> str:
