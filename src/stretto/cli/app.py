@@ -19,6 +19,10 @@ from stretto.errors import StrettoError
 COMMANDS = {
     "doctor": ("stretto.cli.doctor:doctor", "What works on this machine, and what to install."),
     "explain": ("stretto.cli.explain:explain", "Time, bytes and limits of a plan."),
+    "generate": (
+        "stretto.cli.generate:app",
+        "Generate pictures, video or sound on several ranks.",
+    ),
     "probe": ("stretto.cli.probe:probe", "Measure devices and links into a cluster file."),
 }
 

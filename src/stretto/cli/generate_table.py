@@ -1,0 +1,107 @@
+"""The table and the lines that `stretto generate` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def show(result: dict[str, Any], out: Path, files: Sequence[str]) -> None:
+    """A line for one method, a table for several, and where the files are."""
+    console = Console(highlight=False)
+    rows = result["rows"]
+    if len(rows) > 1:
+        console.print(_table(result))
+        for line in _remarks(result):
+            console.print(Text(line, style="dim"))
+    else:
+        console.print(Text(_line(result, rows[0])))
+    shown = "compare.png" if "compare.png" in files else files[0]
+    if "grid.png" in files and len(rows) == 1:
+        shown = "grid.png"
+    console.print(Text(f"{out / shown} and {len(files) - 1} more, with result.json"))
+
+
+def _line(result: dict[str, Any], row: dict[str, Any]) -> str:
+    parts = [f"{result['plan']}: {row['steps']} steps in depth {row['depth']:g}"]
+    if row["seconds"]:
+        parts.append(f"{row['seconds'][0]:.2f} s (measured, {result['device']})")
+    parts.append(f"{_each(row['evaluations'])} evaluations and {_sent(row)} sent per rank")
+    if row.get("worst_guess"):
+        parts.append(f"worst guess error {row['worst_guess']:.2%}")
+    return ", ".join(parts)
+
+
+def _table(result: dict[str, Any]) -> Table:
+    title = f"{result['case'].partition('/')[2]}, {result['repeats']} repeats each, interleaved"
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.caption = f"measured, {result['device']}"
+    table.add_column("who")
+    for name in ("seconds", "speed-up", "ceiling", "of it", "depth", "evaluations", "exchanges"):
+        table.add_column(name, justify="right")
+    for name in ("sent", "PSNR"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        table.add_row(*_cells(row))
+    return table
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    timed = "speedup" in row
+    seconds = f"{row['median_s']:.2f} ({min(row['seconds']):.2f}-{max(row['seconds']):.2f})"
+    return [
+        row["who"] if row["who"] != "fewer steps" else f"fewer steps ({row['steps']})",
+        seconds if timed else "-",
+        f"{row['speedup']:.2f}x" if timed else "-",
+        f"{row['ceiling']:.2f}x",
+        f"{row['efficiency']:.0%}" if timed else "-",
+        f"{row['depth']:.1f}",
+        _each(row["evaluations"]),
+        _each(row["network_calls"]),
+        _sent(row),
+        _psnr(row),
+    ]
+
+
+def _each(values: Sequence[int]) -> str:
+    """One number where all ranks have it, else all of them."""
+    return str(values[0]) if len(set(values)) == 1 else " ".join(map(str, values))
+
+
+def _sent(row: dict[str, Any]) -> str:
+    return f"{max(row['bytes_sent']) / 1e6:.2f} MB"
+
+
+def _psnr(row: dict[str, Any]) -> str:
+    if "psnr_db" not in row:
+        return "-"
+    return "same bits" if row["identical"] else f"{row['psnr_db']:.1f} dB"
+
+
+def _remarks(result: dict[str, Any]) -> list[str]:
+    summary = result["summary"]
+    floor = summary.get("noise_floor_db")
+    lines = [
+        "depth: sequential steps' worth of time, cut batches at their measured cost "
+        f"({_costs(summary['evaluation_cost'])}); ceiling: steps / depth",
+        "evaluations, exchanges, sent: per rank (largest); PSNR: against sequential",
+    ]
+    if floor is not None:
+        lines.append(
+            f"noise floor: {floor:.1f} dB (sequential with its batch cut in two: rounding alone)"
+        )
+    if result["emulated"]:
+        lines.append("emulated: ranks took turns in one process, so there are no times")
+    load = result["load"]
+    lines.append(f"load average {load['before']:.1f} before, {load['after']:.1f} after")
+    return lines
+
+
+def _costs(costs: dict[str, float]) -> str:
+    shown = [f"{name} {value:.2f}" for name, value in costs.items() if name != "step1 x cfg1"]
+    return ", ".join(shown) or "none cut"
