@@ -64,7 +64,8 @@ SURFACE = {
 def flags(app):
     """Names of all parameters of a command, positional ones by their upper-case name."""
     collection = app.assemble_argument_collection(default_parameter=build().default_parameter)
-    return {name for argument in collection for name in argument.names}
+    # A star stands for a group of parameters, each of which is listed as well.
+    return {name for argument in collection for name in argument.names} - {"*"}
 
 
 def commands(app, prefix=""):

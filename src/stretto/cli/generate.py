@@ -56,42 +56,13 @@ _Positive = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 _Seconds = Annotated[float, Parameter(validator=validators.Number(gt=0))]
 
 
-@app.default
-def generate(
-    folder: str = "dit",
-    /,
-    *,
-    ranks: _Degree = None,
-    step: _Degree = None,
-    cfg: _Degree = None,
-    windows: str | None = None,
-    depth: _Degree = None,
-    predictor: str | None = None,
-    plan: Path | None = None,
-    emulate: bool = False,
-    compare: bool = False,
-    repeats: Annotated[int, Parameter(validator=validators.Number(gte=3))] = 3,
-    steps: _Positive = 50,
-    guidance_scale: float | None = None,
-    seed: int = 0,
-    prompt: str | None = None,
-    classes: str | None = None,
-    arguments: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
-    denoiser: str | None = None,
-    out: Annotated[Path, Parameter(name=("--out", "-o"))] = Path("out"),
-    dtype: str = "float32",
-    device: str | None = None,
-    timeout: _Seconds = 300.0,
-    threads: _Degree = None,
-    json: bool = False,
-    quiet: bool = False,
-) -> int:
-    """Generate with the shipped model or a local diffusers pipeline, on ranks started here.
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How the work is split over ranks.
 
     Parameters
     ----------
-    folder
-        A folder that save_pretrained wrote, or a shipped model: dit, unet.
     ranks
         Processes to start; by default what the plan asks for, else 1.
     step
@@ -109,10 +80,25 @@ def generate(
         A plan file, in place of the five options above.
     emulate
         Play all ranks in this process: the same result, not the same time.
-    compare
-        Also run sequentially, with fewer steps, and by the published schedule, and print a table.
-    repeats
-        How often each method runs in a comparison.
+    """
+
+    ranks: _Degree = None
+    step: _Degree = None
+    cfg: _Degree = None
+    windows: str | None = None
+    depth: _Degree = None
+    predictor: str | None = None
+    plan: Path | None = None
+    emulate: bool = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What the pipeline is asked for.
+
+    Parameters
+    ----------
     steps
         Denoising steps.
     guidance_scale
@@ -128,8 +114,24 @@ def generate(
         stands for a picture or a .npy array. May be given several times.
     denoiser
         Component that denoises, where stretto does not recognise it.
-    out
-        Folder for what is generated and result.json.
+    """
+
+    steps: _Positive = 50
+    guidance_scale: float | None = None
+    seed: int = 0
+    prompt: str | None = None
+    classes: str | None = None
+    arguments: Annotated[tuple[str, ...], Parameter(name="--set", show_default=False)] = ()
+    denoiser: str | None = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """On what, and for how long.
+
+    Parameters
+    ----------
     dtype
         float32, bfloat16 or float16.
     device
@@ -138,33 +140,59 @@ def generate(
         Seconds without any progress after which the ranks are given up.
     threads
         Threads of each rank; by default 1, or all cores for a single rank.
+    """
+
+    dtype: str = "float32"
+    device: str | None = None
+    timeout: _Seconds = 300.0
+    threads: _Degree = None
+
+
+_SPLIT, _SUBJECT, _MACHINE = Split(), Subject(), Machine()
+
+
+@app.default
+def generate(
+    folder: str = "dit",
+    /,
+    *,
+    split: Split = _SPLIT,
+    subject: Subject = _SUBJECT,
+    machine: Machine = _MACHINE,
+    compare: bool = False,
+    repeats: Annotated[int, Parameter(validator=validators.Number(gte=3))] = 3,
+    out: Annotated[Path, Parameter(name=("--out", "-o"))] = Path("out"),
+    json: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Generate with the shipped model or a local diffusers pipeline, on ranks started here.
+
+    Parameters
+    ----------
+    folder
+        A folder that save_pretrained wrote, or a shipped model: dit, unet.
+    compare
+        Also run sequentially, with fewer steps, and by the published schedule, and print a table.
+    repeats
+        How often each method runs in a comparison.
+    out
+        Folder for what is generated and result.json.
     json
         Print the result as JSON.
     quiet
         Print nothing but errors.
     """
-    options = (step, cfg, windows, depth, predictor)
-    chosen = _plan(plan, *options)
-    count = _ranks(ranks, chosen)
-    _check_comparison(compare, count)
-    call = _call(guidance_scale, prompt, classes, arguments)
-    threads = threads or (1 if count > 1 else detect.usable_cores())
+    plan = _plan(split)
+    ranks = _ranks(split.ranks, plan)
+    _check_comparison(compare, ranks)
+    call = _call(subject)
+    threads = machine.threads or (1 if ranks > 1 else detect.usable_cores())
     with _output(out) as written, _Screen(quiet=quiet or json) as screen:
-        job = _job(
-            folder,
-            denoiser,
-            call,
-            warm=None if emulate or count == 1 else threads,
-            ranks=count,
-            plan=chosen,
-            steps=steps,
-            seed=seed,
-            dtype=dtype,
-            device=device,
-            emulated=emulate,
-            repeats=repeats if compare else 0,
-            timeout_s=timeout,
-        )
+        if ranks > 1 and not split.emulate:
+            # First, since it works in another process while this one imports torch.
+            prepare(PRELOAD, threads=threads)
+        fields = {"ranks": ranks, "plan": plan, "repeats": repeats if compare else 0}
+        job = _job(folder, call, subject, machine, emulated=split.emulate, **fields)
         load = os.getloadavg()[0]
         outcomes = _run(job, threads, screen)
         result = _result(job, outcomes, threads, load)
@@ -188,33 +216,24 @@ app.command(
 # ---- what is asked for -----------------------------------------------------------------------
 
 
-def _plan(
-    file: Path | None,
-    step: int | None,
-    cfg: int | None,
-    windows: str | None,
-    depth: int | None,
-    predictor: str | None,
-) -> Plan | None:
+def _plan(split: Split) -> Plan | None:
     """The plan of the options, None where the ranks decide."""
-    asked = {"step": step, "cfg": cfg, "windows": windows, "depth": depth, "predictor": predictor}
-    given = [f"--{name}" for name, value in asked.items() if value is not None]
-    if file is not None:
+    names = ("step", "cfg", "windows", "depth", "predictor")
+    given = [f"--{name}" for name in names if getattr(split, name) is not None]
+    if split.plan is not None:
         if given:
-            raise ConfigError(f"--plan {file} says what {', '.join(given)} would; give one of them")
-        return read_plan(file)
-    if predictor is not None and predictor not in PREDICTORS:
-        raise PlanMismatch(_unknown("predictor", predictor, PREDICTORS))
-    if step is None and cfg is None:
+            raise ConfigError(f"--plan {split.plan} already says {', '.join(given)}: give one")
+        return read_plan(split.plan)
+    if split.predictor is not None and split.predictor not in PREDICTORS:
+        raise PlanMismatch(_unknown("predictor", split.predictor, PREDICTORS))
+    windows = _windows(split.windows, split.depth)
+    if split.step is None and split.cfg is None:
         if given:
-            raise PlanMismatch(
-                f"{', '.join(given)} without --step: give the step ranks they are for"
-            )
+            raise PlanMismatch(f"{', '.join(given)} without --step: give the step ranks it is for")
         return None
-    option = Steps(
-        degree=step or 1, windows=_windows(windows, depth), predictor=predictor or "damped"
-    )
-    return Plan(step=option, cfg=Guidance(degree=cfg or 1))
+    predictor = split.predictor or "damped"
+    step = Steps(degree=split.step or 1, windows=windows, predictor=predictor)
+    return Plan(step=step, cfg=Guidance(degree=split.cfg or 1))
 
 
 def _windows(text: str | None, depth: int | None) -> Windows:
@@ -259,27 +278,25 @@ def _check_comparison(compare: bool, ranks: int) -> None:
         )
 
 
-def _call(
-    scale: float | None, prompt: str | None, classes: str | None, arguments: tuple[str, ...]
-) -> dict[str, Any]:
+def _call(subject: Subject) -> dict[str, Any]:
     """Arguments of the pipeline call."""
     call: dict[str, Any] = {}
-    for text in arguments:
+    for text in subject.arguments:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
             raise ConfigError(f"--set {text!r}: give name=value, as in --set height=256")
         if name in ("output_type", "generator", "num_inference_steps", "return_dict"):
             raise ConfigError(f"--set {name}: stretto sets it; see --seed, --steps and --out")
         call[name] = _value(value)
-    if scale is not None:
-        call["guidance_scale"] = scale
-    if prompt is not None:
-        call["prompt"] = prompt
-    if classes is not None:
+    if subject.guidance_scale is not None:
+        call["guidance_scale"] = subject.guidance_scale
+    if subject.prompt is not None:
+        call["prompt"] = subject.prompt
+    if subject.classes is not None:
         try:
-            call["class_labels"] = [int(item) for item in classes.split(",")]
+            call["class_labels"] = [int(item) for item in subject.classes.split(",")]
         except ValueError:
-            raise ConfigError(f"--classes {classes!r}: give integers, as in 0,3,9") from None
+            raise ConfigError(f"--classes {subject.classes!r}: give integers, as 0,3,9") from None
     return call
 
 
@@ -291,20 +308,26 @@ def _value(text: str) -> Any:
 
 
 def _job(
-    folder: str, denoiser: str | None, call: dict[str, Any], *, warm: int | None, **fields: Any
+    folder: str, call: dict[str, Any], subject: Subject, machine: Machine, **fields: Any
 ) -> Job:
-    """The job, its pipeline looked at. `warm`: threads of ranks whose server starts now."""
-    if warm is not None:
-        # First, since it works in another process while this one imports torch.
-        prepare(PRELOAD, threads=warm)
+    """The job, its pipeline looked at but not loaded."""
     from stretto.diffusion.folder import check_torchvision, describe
     from stretto.diffusion.generate import Job
 
     check_torchvision()
-    described = describe(folder, denoiser)
-    if described.is_shipped:
+    if describe(folder, subject.denoiser).is_shipped:
         call.setdefault("class_labels", list(DEFAULT_CLASSES))
-    return Job(source=folder, denoiser=denoiser, call=call, **fields)
+    return Job(
+        source=folder,
+        call=call,
+        steps=subject.steps,
+        seed=subject.seed,
+        denoiser=subject.denoiser,
+        dtype=machine.dtype,
+        device=machine.device,
+        timeout_s=machine.timeout,
+        **fields,
+    )
 
 
 # ---- running ---------------------------------------------------------------------------------

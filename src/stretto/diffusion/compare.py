@@ -6,6 +6,7 @@ rank 0 while the others sleep. What the table says of speed, cost and error is c
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -126,12 +127,14 @@ def _costs(worker: Worker, plans: Sequence[Plan]) -> Costs:
     worker.wait_for_all()
     costs: Costs = {(1, 1): 1.0}
     if worker.rank == 0:
-        whole = _seconds_per_step(worker, 1, 1)
+        # The whole batch before and after the cut ones: the machine may be busier by then.
+        before = _seconds_per_step(worker, 1, 1)
+        cut: Costs = {}
         for degrees in sorted({d for plan in plans for d in _shares(plan)} - {(1, 1)}):
-            try:
-                costs[degrees] = _seconds_per_step(worker, *degrees) / whole
-            except SplitMismatch:
-                costs[degrees] = 1.0
+            with contextlib.suppress(SplitMismatch):
+                cut[degrees] = _seconds_per_step(worker, *degrees)
+        whole = (before + _seconds_per_step(worker, 1, 1)) / 2
+        costs |= {degrees: seconds / whole for degrees, seconds in cut.items()}
     worker.wait_for_all()
     return costs
 
@@ -152,7 +155,8 @@ def _seconds_per_step(worker: Worker, step: int, cfg: int) -> float:
         generate_once(steps)
         clock.seconds.clear()
         generate_once(steps)
-    return sum(clock.seconds) / (steps * step * cfg)
+    calls = len(clock.seconds) / (steps * step * cfg)
+    return calls * statistics.median(clock.seconds)
 
 
 def _floor(worker: Worker, outcome: Outcome, compared: Sequence[Method]) -> Media | None:
