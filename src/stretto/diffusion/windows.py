@@ -1,12 +1,12 @@
-"""Which windows a generation walks: the option of the plan, resolved on the real noise grid."""
+"""Which windows a generation walks: known from its noise grid, or grown from measured errors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from stretto.errors import PlanMismatch
-from stretto.plan.options import Adaptive, Fixed, Listed, Parastep, Steps, Tail
-from stretto.search import windows as search
+from stretto.plan.options import Adaptive, Listed, Steps
+from stretto.search.resolve import resolve
 
 #: Grids are float32 inside schedulers; two that differ by less are the same one.
 _GRID_TOLERANCE = 1e-5
@@ -18,8 +18,8 @@ class Schedule:
     def __init__(self, steps: Steps, noise: Sequence[float]):
         self._steps = steps
         self._num_steps = len(noise) - 1
-        self.sizes: list[int] = list(resolve(steps, noise) or [])
         self._is_adaptive = isinstance(steps.windows, Adaptive)
+        self.sizes: list[int] = [] if self._is_adaptive else list(_fixed(steps, noise))
 
     @property
     def is_adaptive(self) -> bool:
@@ -53,34 +53,11 @@ class Schedule:
         return min(wanted, self._steps.degree, left)
 
 
-def resolve(steps: Steps, noise: Sequence[float]) -> tuple[int, ...] | None:
-    """Window sizes for the grid `noise` (N + 1 fractions), None for adaptive ones.
-
-    Raises PlanMismatch when the option does not fit the number of steps or ranks.
-    """
-    num_steps, degree, option = len(noise) - 1, steps.degree, steps.windows
-    if degree == 1:
-        return (1,) * num_steps
-    if degree > num_steps:
-        raise PlanMismatch(
-            f"step={degree} is larger than the {num_steps} steps of this generation; "
-            f"use at most step={num_steps}, or more steps"
-        )
-    if isinstance(option, Parastep):
-        warmup = min(5, max(1, num_steps // 4)) if option.warmup is None else option.warmup
-        sizes = search.published(num_steps, degree, warmup)
-    elif isinstance(option, Tail):
-        sizes = search.tail(noise, degree, option.depth)
-    elif isinstance(option, Fixed):
-        sizes = search.fixed(num_steps, degree, option.warmup, option.cooldown)
-    elif isinstance(option, Listed):
-        _check_grid(option.grid, noise, degree)
-        sizes = option.sizes
-    else:
-        assert isinstance(option, Adaptive), f"{option} is resolved before the run"
-        return None
-    search.check(sizes, num_steps, degree)
-    return tuple(sizes)
+def _fixed(steps: Steps, noise: Sequence[float]) -> tuple[int, ...]:
+    """Sizes that are known beforehand. Raises PlanMismatch."""
+    if isinstance(steps.windows, Listed):
+        _check_grid(steps.windows.grid, noise, steps.degree)
+    return resolve(steps, noise)
 
 
 def _check_grid(grid: Sequence[float], noise: Sequence[float], degree: int) -> None:
