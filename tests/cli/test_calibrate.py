@@ -5,9 +5,10 @@ import json
 import pytest
 from cyclopts import App, Parameter
 
+from stretto.cli.app import main
 from stretto.cli.calibrate import calibrate
 from stretto.diffusion.calibration import read_calibration
-from stretto.errors import ConfigError, PlanMismatch, UnsupportedPipeline
+from stretto.errors import ConfigError, UnsupportedPipeline
 from stretto.testing import models
 
 SMALL = ("unet", "--degree", "2", "--steps", "4", "--calls", "1", "--holdout", "1")
@@ -51,11 +52,12 @@ def test_json_of_equal_results_is_null_and_the_document_is_the_file(tmp_path, ca
     assert document["evidence"]["guidance"] is False
 
 
-def test_depths_that_cannot_be(tmp_path):
-    out = tmp_path / "plan.yaml"
-    with pytest.raises(PlanMismatch, match="take between 3 and 4"):
-        run(*SMALL, "--depth", 2, "--out", out)
-    assert not out.exists()
+def test_it_is_a_command_of_generate_and_errors_are_exit_2(tmp_path, capsys):
+    flags = (*SMALL, "--depth", "2", "--out", str(tmp_path / "plan.yaml"))
+    assert main(["generate", "calibrate", *flags]) == 2
+    printed = capsys.readouterr().err
+    assert "PlanMismatch: depth [2]: 4 steps on 2 step ranks" in printed
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_output_that_cannot_be_written_is_refused_first(tmp_path):

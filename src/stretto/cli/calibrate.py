@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json as jsonlib
-import math
 import os
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.table import Table
 from stretto.diffusion.calibrate import calibrate as measure
 from stretto.diffusion.calibration import Calibration, Entry, write_calibration
 from stretto.diffusion.folder import open_pipeline
+from stretto.diffusion.output import finite
 from stretto.errors import ConfigError, UnsupportedPipeline
 
 _AT_LEAST_1 = Parameter(validator=validators.Number(gte=1))
@@ -42,8 +42,8 @@ def calibrate(
 ) -> int:
     """Measure window plans for step ranks, verify them, and write a calibration file.
 
-    Runs on one process. Takes about (1 + 2 degree) x calls generations, and up to 10 more per
-    depth and held-out call; the shipped model needs two to four minutes.
+    Runs in one process. Takes the time of (1 + 2 degree) x calls + (5 + 6 holdout) x depths
+    generations; the shipped models need two to four minutes.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def calibrate(
     write_calibration(found, out)
     if json:
         document = {"file": str(out), "seconds": seconds, **found.model_dump(mode="json")}
-        print(jsonlib.dumps(_finite(document), indent=2, allow_nan=False))
+        print(jsonlib.dumps(finite(document), indent=2, allow_nan=False))
     else:
         _show(found, out, seconds)
     return 0
@@ -137,11 +137,13 @@ def _show(found: Calibration, out: Path, seconds: float) -> None:
     table = Table(title=f"{found.steps} steps on {found.degree} step ranks, PSNR in dB")
     for name in ("depth", "ceiling", "verified", "tail", "parastep", "predicted", "guesses"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("windows", min_width=10)
     for entry in found.frontier:
         table.add_row(*_row(entry, found.steps))
     console, evidence = Console(), found.evidence
     console.print(table)
+    for entry in found.frontier:
+        windows = " ".join(map(str, entry.windows))
+        console.print(f"windows at depth {entry.depth}: {windows}", soft_wrap=True)
     console.print(
         f"Verified, tail and parastep: against sequential, {len(evidence.holdout)} generation(s) "
         f"not used for planning, data range {evidence.data_range:.4g}, noise floor "
@@ -161,14 +163,4 @@ def _row(entry: Entry, steps: int) -> list[str]:
         f"{entry.parastep_db:.1f}",
         f"{entry.predicted:.1e}",
         "stored" if entry.damping else entry.predictor,
-        " ".join(map(str, entry.windows)),
     ]
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: null stands for the PSNR of equal results."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
