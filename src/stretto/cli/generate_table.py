@@ -6,14 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+_WIDTH = 112
+_PER_RANK = ("evals", "exchanges", "sent")
 
 
 def show(result: dict[str, Any], out: Path, files: Sequence[str]) -> None:
     """A line for one method, a table for several, and where the files are."""
     console = Console(highlight=False)
+    # A narrower table loses its numbers; a narrower terminal folds it.
+    console.width = max(console.width, _WIDTH)
     rows = result["rows"]
     if len(rows) > 1:
         console.print(_table(result))
@@ -39,12 +45,16 @@ def _line(result: dict[str, Any], row: dict[str, Any]) -> str:
 
 def _table(result: dict[str, Any]) -> Table:
     title = f"{result['case'].partition('/')[2]}, {result['repeats']} repeats each, interleaved"
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    table = Table(
+        title=title,
+        box=SIMPLE_HEAD,
+        padding=(0, 2, 0, 0),
+        title_justify="left",
+        caption_justify="left",
+    )
     table.caption = f"measured, {result['device']}"
-    table.add_column("who")
-    for name in ("seconds", "speed-up", "ceiling", "of it", "depth", "evaluations", "exchanges"):
-        table.add_column(name, justify="right")
-    for name in ("sent", "PSNR"):
+    table.add_column("who", no_wrap=True)
+    for name in ("seconds", "speed-up", "ceiling", "of it", "depth", *_PER_RANK, "PSNR"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in result["rows"]:
         table.add_row(*_cells(row))
@@ -80,6 +90,8 @@ def _sent(row: dict[str, Any]) -> str:
 def _psnr(row: dict[str, Any]) -> str:
     if "psnr_db" not in row:
         return "-"
+    if row["who"] == "sequential":
+        return "reference"
     return "same bits" if row["identical"] else f"{row['psnr_db']:.1f} dB"
 
 
@@ -87,9 +99,10 @@ def _remarks(result: dict[str, Any]) -> list[str]:
     summary = result["summary"]
     floor = summary.get("noise_floor_db")
     lines = [
+        f"ours: {result['plan']}",
         "depth: sequential steps' worth of time, cut batches at their measured cost "
         f"({_costs(summary['evaluation_cost'])}); ceiling: steps / depth",
-        "evaluations, exchanges, sent: per rank (largest); PSNR: against sequential",
+        "evals (denoiser), exchanges, bytes sent: per rank; PSNR: against sequential",
     ]
     if floor is not None:
         lines.append(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,8 @@ from stretto.errors import SplitMismatch
 from stretto.plan.model import Plan
 from stretto.plan.options import Fixed, Guidance, Parastep, Steps
 
-SEQUENTIAL, FEWER, PUBLISHED, OURS = "sequential", "fewer steps", "published (parastep)", "ours"
-STEP_ALONE, CFG_ALONE = "ours, step alone", "cfg alone"
+SEQUENTIAL, FEWER, PUBLISHED, OURS = "sequential", "fewer steps", "published parastep", "ours"
+STEP_ALONE, CFG_ALONE = "step alone", "cfg alone"
 
 #: (step degree, cfg degree) -> time of an exact step shared so, in sequential steps.
 Costs = dict[tuple[int, int], float]
@@ -247,8 +247,3 @@ def distance(media: Media | None, reference: Media | None) -> dict[str, Any]:
         "psnr_worst_item_db": found.worst_item,
         "relative_l2": quality.relative_l2(x, y),
     }
-
-
-def labelled(outcome: Outcome, label: Callable[[Run], str]) -> list[tuple[str, Media]]:
-    """Pictures of the methods, in order, for a sheet."""
-    return [(label(run), run.media) for run in outcome.runs if run.media is not None]

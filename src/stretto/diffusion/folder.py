@@ -7,6 +7,7 @@ No code of the folder is ever run and no hub is asked.
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import os
 import subprocess
@@ -79,10 +80,8 @@ def open_pipeline(
     Weights of shipped pipelines are checked. Raises what `describe` does, and ConfigError when a
     part of the folder is missing or is not what its index says.
     """
-    from diffusers.utils import logging
-
     described = source if isinstance(source, Description) else describe(source)
-    logging.disable_progress_bar()
+    _quiet()
     if described.folder is None:
         from stretto.diffusion.shipped.load import load
 
@@ -168,8 +167,11 @@ def _from_folder(described: Description, folder: Path, dtype: torch.dtype) -> An
         from stretto.diffusion.shipped.load import load_folder
 
         return load_folder(folder, dtype)
+    # Parts saved as absent are not found by diffusers unless it is told so.
+    absent = {name: None for name, value in _index(folder).items() if value == [None, None]}
+    options = {_dtype_name(DiffusionPipeline): dtype, "local_files_only": True, **absent}
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        pipe = DiffusionPipeline.from_pretrained(folder, **options)
     except (OSError, ValueError, AttributeError, ImportError) as error:
         raise ConfigError(
             f"{folder} cannot be opened as {described.class_name}: {error}\n"
@@ -178,3 +180,19 @@ def _from_folder(described: Description, folder: Path, dtype: torch.dtype) -> An
         ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _dtype_name(kind: type) -> str:
+    """diffusers renamed this argument and warns about the old name."""
+    source = inspect.getsource(kind.from_pretrained)
+    return "dtype" if 'kwargs.pop("dtype"' in source else "torch_dtype"
+
+
+def _quiet() -> None:
+    """No bars per weight file and rank, no advice to install what stretto does not need."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

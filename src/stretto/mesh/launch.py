@@ -39,6 +39,8 @@ OnNote = Callable[[int, dict], None]
 PRELOAD = ("torch", "torch.distributed", "torch.optim", "torch._dynamo", "stretto.mesh.mesh")
 #: Seconds between a peer's failure and the end of the others: time to write down what they saw.
 GRACE_S = 3.0
+#: Seconds that ranks may take to appear: importing torch without bytecode on a busy machine.
+START_S = 120.0
 _POLL_S = 0.1
 
 
@@ -167,16 +169,26 @@ class _Watch:
         return [pickle.loads(file.read_bytes()) for file in files]
 
     def _follow(self) -> None:
-        # A rank's own waits time out first and know more; this is for when nobody is waiting.
-        limit = self.timeout_s + GRACE_S
-        last = time.monotonic()
+        last, failed = time.monotonic(), None
         while not self._done.wait(_POLL_S):
+            now = time.monotonic()
             if self._read():
-                last = time.monotonic()
-            elif time.monotonic() - last > limit:
+                last = now
+            # A rank's own waits time out first and know more; this is for when nobody is waiting.
+            elif not self.stalled and now - last > self._patience_s:
+                limit = self._patience_s
                 self.stalled = f"no rank gave a sign within {limit:g} s: {self._last_words()}"
+            if failed is None and any(self.folder.glob("*.error")):
+                failed = now
+            # torchrun asks the others to end, and waits long for one that cannot hear it.
+            if self.stalled or (failed is not None and now - failed > 2 * GRACE_S):
                 self._end_all()
-                return
+
+    @property
+    def _patience_s(self) -> float:
+        """Seconds of silence that are a stall; the first sign waits for the server's imports."""
+        limit = self.timeout_s + GRACE_S
+        return limit if len(self.notes) == self.ranks else max(limit, START_S)
 
     def _read(self) -> bool:
         """Pick up new notes; whether there were any."""
@@ -247,7 +259,8 @@ def _here(entry: Callable, args: tuple, threads: int, on_note: OnNote | None) ->
 def _quiet_launcher() -> Iterator[None]:
     """torchrun logs each failing rank with its traceback; here the error is raised instead."""
     importlib.import_module("torch.distributed.launcher.api")
-    names = [n for n in logging.root.manager.loggerDict if n.startswith("torch.distributed.elas")]
+    talkers = ("torch.distributed.elastic", "torch.multiprocessing")
+    names = [name for name in logging.root.manager.loggerDict if name.startswith(talkers)]
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.disabled for logger in loggers]
     for logger in loggers:

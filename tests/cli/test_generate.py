@@ -1,0 +1,189 @@
+"""`stretto generate` as a user meets it: files, exit codes, one message, nothing half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from stretto.cli import app as cli
+from stretto.errors import PlanMismatch
+from stretto.plan.io import write_plan
+from stretto.plan.model import Plan
+
+SMALL = ("--steps", "4", "--classes", "1,7")
+
+
+def generate(*arguments, out):
+    return cli.main(["generate", *arguments, "--out", str(out)])
+
+
+def refused(capsys, *arguments, out):
+    """The message of a command line that must end with 2 and leave no folder."""
+    assert generate(*arguments, out=out) == 2
+    assert not out.exists()
+    printed, message = capsys.readouterr()
+    assert printed == ""
+    return message
+
+
+# ---- what works ------------------------------------------------------------------------------
+
+
+def test_virtual_ranks_write_pictures_and_a_result(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert generate(*SMALL, "--step", "2", "--emulate", "--json", out=out) == 0
+    names = ["000.png", "001.png", "grid.png", "result.json"]
+    assert sorted(f.name for f in out.iterdir()) == names
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((out / "result.json").read_text())
+    assert result["stretto"] == "result/1"
+    assert result["basis"] == "measured"
+    assert result["emulated"]
+    (row,) = result["rows"]
+    assert row["windows"] == [1, 2, 1]
+    assert row["evaluations"] == [3, 3]
+    assert row["seconds"] == []
+
+
+def test_a_plan_file_says_how_many_ranks(tmp_path, capsys):
+    write_plan(Plan(cfg=2), tmp_path / "plan.yaml")
+    arguments = ("--plan", str(tmp_path / "plan.yaml"), "--emulate", "--json")
+    assert generate(*SMALL, *arguments, out=tmp_path / "out") == 0
+    assert json.loads(capsys.readouterr().out)["plan"] == "generate: cfg2 = 2 ranks"
+
+
+def test_arguments_of_the_pipeline(tmp_path, capsys):
+    arguments = ("--set", "guidance_scale=1.0", "--set", "class_labels=[2]", "--steps", "2")
+    assert generate(*arguments, "--json", out=tmp_path / "out") == 0
+    call = json.loads(capsys.readouterr().out)["call"]
+    assert (call["guidance_scale"], call["class_labels"]) == (1.0, [2])
+
+
+@pytest.mark.ranks
+def test_two_ranks_compare(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert generate(*SMALL, "--ranks", "2", "--compare", out=out) == 0
+    printed = capsys.readouterr().out
+    for name in ("sequential", "ours", "published parastep", "step alone", "fewer steps"):
+        assert name in printed
+    assert "noise floor" in printed
+    assert {"compare.png", "grid.png", "result.json"} <= {f.name for f in out.iterdir()}
+    result = json.loads((out / "result.json").read_text())
+    assert [len(row["seconds"]) for row in result["rows"]] == [3] * 5
+    assert result["summary"]["noise_floor_db"] > 100
+
+
+def test_calibrate_is_a_command_of_its_own(capsys):
+    assert cli.main(["generate", "calibrate", "--help"]) == 0
+    assert "--holdout" in capsys.readouterr().out
+
+
+# ---- what is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--ranks", "4", "--step", "2"), "step 2 x cfg 1 = 2 ranks, but --ranks is 4"),
+        (("--step", "2", "--windows", "tial"), "did you mean 'tail'"),
+        (("--step", "2", "--predictor", "dampd"), "did you mean 'damped'"),
+        (("--step", "2", "--windows", "fixed", "--depth", "9"), "--depth 9 with --windows fixed"),
+        (("--windows", "tail"), "--windows without --step"),
+        (("--compare",), "--compare on 1 rank"),
+        (("--classes", "one"), "--classes 'one'"),
+        (("--set", "height"), "name=value"),
+        (("--set", "output_type=pil"), "stretto sets it"),
+        (("--plan", "absent.yaml"), "cannot read absent.yaml"),
+        (("--plan", "absent.yaml", "--cfg", "2"), "already says --cfg"),
+        (("absent-folder",), "no folder absent-folder"),
+        (("shipped:dti",), "did you mean 'dit'"),
+        (("--dtype", "float8"), "--dtype 'float8'"),
+        (("--step", "8", "--steps", "4", "--emulate"), "step=8 is larger than the 4 steps"),
+        (("--classes", "3,10", "--steps", "2"), "[10] are outside 0..9"),
+    ],
+)
+def test_bad_input_is_one_message_and_2(arguments, expected, tmp_path, capsys):
+    assert expected in refused(capsys, *arguments, out=tmp_path / "out").replace("\n", " ")
+
+
+def test_output_that_cannot_be_written_is_known_before_anything_runs(tmp_path, capsys):
+    (tmp_path / "taken").write_text("kept")
+    assert generate("--ranks", "2", out=tmp_path / "taken" / "out") == 2
+    assert "cannot write into" in capsys.readouterr().err
+    assert (tmp_path / "taken").read_text() == "kept"
+
+
+def test_a_depth_that_no_windows_reach_is_refused(tmp_path, capsys):
+    message = refused(
+        capsys, *SMALL, "--step", "2", "--depth", "2", "--emulate", out=tmp_path / "out"
+    )
+    assert message.startswith(PlanMismatch.__name__)
+
+
+@pytest.mark.ranks
+def test_an_error_on_the_ranks_keeps_its_type_and_leaves_nothing(tmp_path, capsys):
+    message = refused(capsys, "--ranks", "2", "--classes", "3,10", out=tmp_path / "out")
+    assert message.startswith("ConfigError")
+    assert "outside 0..9" in message
+
+
+# ---- ranks that are lost ---------------------------------------------------------------------
+
+
+def children(of):
+    """Processes below one, from /proc: pid -> parent pid."""
+    parents = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat") as file:
+                    parents[int(entry)] = int(file.read().rpartition(")")[2].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    below, found = {of}, set()
+    while below:
+        below = {pid for pid, parent in parents.items() if parent in below}
+        found |= below
+    return found
+
+
+def ranks_of(process, store):
+    """Pids of the ranks, from the notes that they leave for their parent."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        notes = [json.loads(file.read_text()) for file in store.glob("stretto-*/*.note")]
+        if len(notes) == 2 and all(note.get("done", 0) > 1 for note in notes):
+            return [note["pid"] for note in notes]
+        os.sched_yield()
+    raise AssertionError(f"no ranks: {process.communicate()}")
+
+
+@pytest.mark.ranks
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_ends_the_job_with_2_and_no_file(how, tmp_path):
+    out, store = tmp_path / "out", tmp_path / "tmp"
+    store.mkdir()
+    command = [sys.executable, "-m", "stretto.cli.app", "generate", "--ranks", "2", "--step", "2"]
+    command += ["--steps", "200", "--timeout", "4", "--out", str(out)]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "TMPDIR": str(store)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    ranks = ranks_of(process, store)
+    below = children(process.pid)
+    os.kill(ranks[1], how)
+    printed, message = process.communicate(timeout=60)
+    assert process.returncode == 2, message
+    assert message.startswith("RankLost")
+    assert "rank 1" in message
+    assert printed == ""
+    assert not out.exists()
+    assert not [pid for pid in below & set(ranks) if os.path.exists(f"/proc/{pid}/fd/0")]
