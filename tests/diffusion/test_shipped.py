@@ -354,7 +354,7 @@ class TestTraining:
     @pytest.mark.parametrize("model", NAMES)
     def test_seed_decides_every_bit(self, model):
         def weights(seed):
-            pipeline, loss = train.train(toy(model, seed=seed), toy_pictures(), CPU)
+            pipeline, loss, _ = train.train(toy(model, seed=seed), toy_pictures(), CPU)
             return torch.nn.utils.parameters_to_vector(pipeline.denoiser.parameters()), loss
 
         (first, loss), (again, same), (other, _) = weights(0), weights(0), weights(1)
@@ -364,7 +364,7 @@ class TestTraining:
 
     def test_class_decides_the_picture(self):
         recipe = toy("dit", steps=500, batch=64, lr=5e-3, width=32)
-        pipeline, loss = train.train(recipe, toy_pictures(), CPU)
+        pipeline, loss, _ = train.train(recipe, toy_pictures(), CPU)
         pipeline.set_progress_bar_config(disable=True)
         run = {"num_inference_steps": 12, "guidance_scale": 1.0, "output_type": "latent"}
         greys = pipeline(list(range(10)), generator=seeded(0), **run).images.mean((1, 2, 3))

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ NUM_CLASSES = 10
 LABEL_DROP = 0.1  # The share that classifier-free guidance (2207.12598) found best.
 EMA_DECAY = 0.999
 WARM_UP = 500  # Steps; a tenth of a run shorter than 5000.
+JUDGED = 200  # Steps that set the length of a run with a time limit; inside its warm-up.
 SHIFT = 3.0  # Sampling shift of Stable Diffusion 3 (2403.03206, section 5.3.2).
 DIT_ONLY = ("width", "layers", "heads")
 
@@ -63,6 +64,7 @@ class Recipe:
     lr: float | None = None
     flip: bool = False
     compile: bool = False
+    graph: bool = False
 
     @property
     def learning_rate(self) -> float:
@@ -81,34 +83,114 @@ class Recipe:
 
 
 def train(
-    recipe: Recipe, pictures: data.Pictures, device: torch.device
-) -> tuple[ClassPipeline, float]:
-    """Train by recipe; returns the pipeline with averaged weights (float32) and the last loss.
+    recipe: Recipe, pictures: data.Pictures, device: torch.device, seconds: float | None = None
+) -> tuple[ClassPipeline, float, Recipe]:
+    """Train by recipe; returns the pipeline with averaged weights (float32), loss and recipe.
 
-    The loss is the mean over the last hundredth of the steps. Raises ConfigError for counts
-    below 1, an unknown model, or sizes that do not fit.
+    The loss is the mean over the last hundredth of the steps. With `seconds` the number of steps
+    is what fits into that time, judged by the first ones; the recipe returned names it, and
+    repeats the run. Raises ConfigError for counts below 1, an unknown model, sizes that do not fit.
     """
-    pipeline = build(recipe, pictures.size)
-    model = pipeline.denoiser.to(device).train()
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer, schedule = _optimizer(model, recipe, device)
-    loss_of = _loss(pipeline, device)
-    images, labels = pictures.images.to(device), pictures.labels.to(device)
-    generator = torch.Generator(device).manual_seed(recipe.seed)
-    forward: Denoiser = torch.compile(model) if recipe.compile else model
-    report = Report(recipe.steps)
-    for step in range(recipe.steps):
-        x, y = _batch(images, labels, recipe, generator)
-        with _autocast(device):
-            loss = loss_of(forward, x, y, generator)
+    job = Job(recipe, pictures, device)
+    start = time.perf_counter()
+    advance = job.captured() if recipe.graph else job.advance
+    while job.step < job.recipe.steps:
+        job.after(advance())
+        if seconds and job.step == JUDGED // 2:
+            half = _now(device)
+        if seconds and job.step == JUDGED:
+            end = _now(device)
+            pace = (end - half) / (JUDGED - JUDGED // 2)
+            job.resize(JUDGED + max(1, int(0.97 * (seconds - end + start) / pace)))
+    return _with_denoiser(job.pipeline, job.average), job.report.last, job.recipe
+
+
+def _now(device: torch.device) -> float:
+    """The host's clock, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Job:
+    """A training under way: model, average, optimizer, data and the generator of all draws."""
+
+    def __init__(self, recipe: Recipe, pictures: data.Pictures, device: torch.device) -> None:
+        self.recipe, self.device, self.step = recipe, device, 0
+        self.pipeline = build(recipe, pictures.size)
+        self.model = self.pipeline.denoiser.to(device).train()
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizer = _optimizer(self.model, recipe, device)
+        self.loss_of = _loss(self.pipeline, device)
+        self.images, self.labels = pictures.images.to(device), pictures.labels.to(device)
+        self.generator = torch.Generator(device).manual_seed(recipe.seed)
+        self.forward: Denoiser = torch.compile(self.model) if recipe.compile else self.model
+        self.report = Report(recipe.steps)
+        self._set_rate()
+
+    def advance(self) -> torch.Tensor:
+        """One step of the optimizer; returns its loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        x, y = _batch(self.images, self.labels, self.recipe, self.generator)
+        with _autocast(self.device):
+            loss = self.loss_of(self.forward, x, y, self.generator)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        _average(average, model, step)
-        report.add(step, loss.detach())
-    return _with_denoiser(pipeline, average), report.last
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.detach()
+
+    def captured(self) -> Callable[[], torch.Tensor]:
+        """The same step as one CUDA graph: the host launches it whole, not kernel by kernel.
+
+        The steps that warm up and are captured count for nothing: state is put back afterwards.
+        """
+        if self.device.type != "cuda":
+            raise ConfigError("--graph captures CUDA kernels; leave it out on this device")
+        before = copy.deepcopy(self.model.state_dict())
+        state = self.generator.get_state()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.advance()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            loss = self.advance()
+        self.model.load_state_dict(before)
+        for held in self.optimizer.state.values():
+            for tensor in held.values():
+                tensor.zero_()
+        self.generator.set_state(state)
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return loss
+
+        return replay
+
+    def after(self, loss: torch.Tensor) -> None:
+        """Average, count, and set the rate of the next step."""
+        _average(self.average, self.model, self.step)
+        self.report.add(self.step, loss)
+        self.step += 1
+        self._set_rate()
+
+    def resize(self, steps: int) -> None:
+        """Change the length of the run before its rate begins to fall."""
+        self.recipe = replace(self.recipe, steps=steps)
+        self.report = Report(steps)
+        log.info("the run takes %d steps", steps)
+
+    def _set_rate(self) -> None:
+        rate = self.recipe.learning_rate * _factor(self.step, self.recipe.steps)
+        for group in self.optimizer.param_groups:
+            # A tensor is read by the captured kernels; a number would be frozen into them.
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
 
 class Report:
@@ -237,22 +319,24 @@ def _batch(
 
 def _optimizer(
     model: torch.nn.Module, recipe: Recipe, device: torch.device
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    optimizer = torch.optim.AdamW(
+) -> torch.optim.Optimizer:
+    rate = recipe.learning_rate
+    return torch.optim.AdamW(
         model.parameters(),
-        lr=recipe.learning_rate,
+        lr=torch.tensor(rate, device=device) if recipe.graph else rate,
         betas=(0.9, 0.99),
         weight_decay=0.01,
         fused=device.type == "cuda",
+        capturable=recipe.graph,
     )
-    warm_up = min(WARM_UP, max(1, recipe.steps // 10))
 
-    def factor(step: int) -> float:
-        if step < warm_up:
-            return (step + 1) / warm_up
-        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, recipe.steps - warm_up)))
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+def _factor(step: int, steps: int) -> float:
+    """Learning rate over its peak: a linear warm-up, then half a cosine down to zero."""
+    warm_up = min(WARM_UP, max(1, steps // 10))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
 @torch.no_grad()
@@ -264,7 +348,10 @@ def _average(average: torch.nn.Module, model: torch.nn.Module, step: int) -> Non
 
 
 def _autocast(device: torch.device) -> AbstractContextManager:
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    # Casts kept between steps would be those of the captured weights.
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False
+    )
 
 
 def _with_denoiser(pipeline: ClassPipeline, denoiser: torch.nn.Module) -> ClassPipeline:
@@ -329,6 +416,8 @@ def parse(arguments: list[str]) -> tuple[Recipe, argparse.Namespace]:
     parser.add_argument("--lr", type=float, help="peak rate; default 1e-3, less above width 128")
     parser.add_argument("--flip", action="store_true", help="random horizontal flips")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--graph", action="store_true", help="one CUDA graph per step")
+    parser.add_argument("--seconds", type=float, help="as many steps as fit into this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data-dir", type=Path, help="folder of the idx .gz files")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -347,7 +436,7 @@ def run(recipe: Recipe, options: argparse.Namespace) -> None:
     # Asked before training, because the tree may have moved on at its end.
     commit = options.commit or current_commit()
     start = time.perf_counter()
-    pipeline, loss = train(recipe, pictures, device)
+    pipeline, loss, recipe = train(recipe, pictures, device, options.seconds)
     provenance = describe(recipe, pictures, device, loss, time.perf_counter() - start)
     provenance["commit"] = commit
     if options.note:
