@@ -1,0 +1,342 @@
+"""What the hooks and the replay cost on one device, and what larger batches cost.
+
+python benchmarks/steps_overhead.py --out overhead.json [--curves dit,audioldm2] [--compile] [--dry]
+
+Hooks: the same pipeline call plain and under a plan of one rank, in turns. Replay: one process
+walks as the last of p step ranks, with a mesh that hands its own message back in place of its
+peers', so snapshots, guesses, packing and the true steps are all there and transport is not; it is
+held against a plain run with as many evaluations. Transport is measured in steps_slices.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import full_size
+import result
+import torch
+
+from stretto import Mesh, Plan, Steps, init_mesh, parallelized
+from stretto.diffusion.shipped.train import Recipe, build
+from stretto.mesh.mesh import Pending
+from stretto.plan.options import Fixed
+
+#: Steps of the plain run, windows of the replayed one: both make as many evaluations.
+DEPTH = 7
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+SCHEDULERS: dict[str, tuple[str, dict]] = {
+    "FlowMatchEuler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    "DDIM": ("DDIMScheduler", {"clip_sample": False}),
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "DPM++2M": ("DPMSolverMultistepScheduler", FLOW),
+    "UniPC": ("UniPCMultistepScheduler", FLOW),
+    "Heun": ("HeunDiscreteScheduler", {}),
+}
+
+
+class EchoMesh(Mesh):
+    """The last of the step ranks, alone: what peers would send is what this rank sends."""
+
+    def __init__(self, sizes: dict[str, int], device: torch.device):
+        super().__init__(sizes, sizes["step"] - 1, device)
+        # Random states come from rank 0 of the world, and nobody else is here to send them.
+        self.world_rank = 0
+
+    def all_gather(self, tensor: torch.Tensor, axis: str | None, phase: str) -> Pending:
+        return Pending(lambda: [tensor.clone() for _ in range(self.size(axis))])
+
+    def broadcast(self, tensor: torch.Tensor, axis: str | None, src: int, phase: str) -> Pending:
+        return Pending(lambda: tensor)
+
+    def permute(self, tensor: torch.Tensor, axis: Any, moves: Any, phase: str) -> Pending:
+        return Pending(lambda: tensor)
+
+    def record(self, stage: str, *, waiting: bool = False) -> None:
+        """Nobody asks."""
+
+
+class Bench:
+    """A class-conditional DiT at a batch that keeps the device busy."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.device = torch.device("cuda" if not options.dry else "cpu")
+        self.dtype = torch.float32 if options.dry else torch.bfloat16
+        recipe = Recipe(width=options.width, layers=options.layers, heads=options.heads)
+        with full_size.default_dtype(torch.float32):
+            self.pipe = build(recipe, 28)
+        full_size.fill_zero_weights(self.pipe.transformer)
+        self.pipe = self.pipe.to(self.device, self.dtype)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.labels = [k % 10 for k in range(options.batch)]
+        self.latents = full_size.draw(0, options.batch, 1, 28, 28).to(self.device, self.dtype)
+
+    def use(self, name: str) -> None:
+        import diffusers
+
+        kind, config = SCHEDULERS[name]
+        self.pipe.scheduler = getattr(diffusers, kind)(**config)
+
+    def call(self, steps: int) -> Any:
+        return self.pipe(
+            self.labels, num_inference_steps=steps, latents=self.latents, output_type="latent"
+        ).images
+
+    def steps_for(self, name: str, calls: int) -> int:
+        """`num_inference_steps` for that many calls of scheduler.step; Heun makes 2 n - 1."""
+        return (calls + 1) // 2 if name == "Heun" else calls
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Seconds of one guided evaluation."""
+        x = torch.cat([self.latents, self.latents])
+        labels = torch.tensor([*self.labels, *self.labels], device=self.device)
+        t = torch.full((len(x),), 500.0, device=self.device, dtype=self.dtype)
+        return result.timed(lambda: self.pipe.denoise(x, t, labels), self.device)
+
+
+def pairs(
+    plain: Callable[[], Any], other: Callable[[], Any], count: int, device: torch.device
+) -> dict[str, Any]:
+    """Times of two pieces of work in turns, which goes first alternating, and their ratios."""
+    plain(), other()
+    found: list[tuple[float, float]] = []
+    for index in range(count):
+        first, second = (plain, other) if index % 2 == 0 else (other, plain)
+        times = result.timed(first, device), result.timed(second, device)
+        found.append(times if index % 2 == 0 else times[::-1])
+    ratios = [1e2 * (b / a - 1) for a, b in found]
+    return {
+        "plain_ms": [1e3 * a for a, _ in found],
+        "ms": [1e3 * b for _, b in found],
+        "overhead_percent": result.spread(ratios),
+    }
+
+
+def hooks(bench: Bench, name: str) -> dict:
+    """A plan of one rank against the plain pipeline, equal steps."""
+    bench.use(name)
+    steps = bench.steps_for(name, 13)
+    plan = Plan()
+    mesh = init_mesh(plan, device=bench.device)
+    same = torch.equal(bench.call(steps), _under(bench, plan, mesh, steps))
+    measured = pairs(
+        lambda: bench.call(steps),
+        lambda: _under(bench, plan, mesh, steps),
+        bench.options.pairs,
+        bench.device,
+    )
+    return {"who": f"hooks/{name}", "calls": 13, "bitwise": same, **measured}
+
+
+def _under(bench: Bench, plan: Plan, mesh: Mesh, steps: int) -> Any:
+    with parallelized(bench.pipe, plan, mesh=mesh):
+        return bench.call(steps)
+
+
+def replay(bench: Bench, name: str, degree: int) -> dict:
+    """The last rank of full windows against a plain run of as many evaluations."""
+    bench.use(name)
+    calls = 1 + (DEPTH - 1) * degree
+    windows = Fixed(warmup=1)
+    plan = Plan(step=Steps(degree=degree, windows=windows, exact_split=False))
+    mesh = EchoMesh(plan.sizes, bench.device)
+    steps, fewer = bench.steps_for(name, calls), bench.steps_for(name, DEPTH)
+    with parallelized(bench.pipe, plan, mesh=mesh) as run:
+        bench.call(steps)
+    assert run.report.evaluations == DEPTH, run.report.evaluations
+    measured = pairs(
+        lambda: bench.call(fewer),
+        lambda: _under(bench, plan, mesh, steps),
+        bench.options.pairs,
+        bench.device,
+    )
+    extra = [b - a for a, b in zip(measured["plain_ms"], measured["ms"], strict=True)]
+    per_window = statistics.median(extra) / (DEPTH - 1)
+    return {
+        "who": f"replay/{name}/p{degree}",
+        "windows": list(run.report.sizes),
+        "evaluations": DEPTH,
+        "extra_ms_per_window": per_window,
+        **measured,
+    }
+
+
+def dit_curve(bench: Bench) -> dict:
+    """Evaluation time of k windows' inputs in one batch, over that of one."""
+
+    @torch.no_grad()
+    def evaluate(rows: int) -> float:
+        x = full_size.draw(1, rows, 1, 28, 28).to(bench.device, bench.dtype)
+        t = torch.full((rows,), 500.0, device=bench.device, dtype=bench.dtype)
+        labels = torch.zeros(rows, dtype=torch.int64, device=bench.device)
+        return result.timed(lambda: bench.pipe.denoise(x, t, labels), bench.device)
+
+    return curve("dit", evaluate, 2 * bench.options.batch, bench.options.repeats)
+
+
+def full_curve(name: str, options: argparse.Namespace) -> dict:
+    """The same on a full-size denoiser, with the inputs that its pipeline passes."""
+    model = full_size.MODELS[name](tiny=options.dry)
+    device = "cpu" if options.dry else "cuda"
+    dtype = torch.float32 if options.dry else model.dtype
+    pipe = model.build(model.default, device, dtype)
+    module, kept = getattr(pipe, model.denoiser), []
+    handle = module.register_forward_pre_hook(
+        lambda _, args, kwargs: kept.append((args, kwargs)), with_kwargs=True
+    )
+    model.call(pipe, model.inputs(model.default, device, dtype), 1)
+    handle.remove()
+    args, kwargs = kept[0]
+    whole = args[0] if args else kwargs["hidden_states"]
+
+    @torch.no_grad()
+    def evaluate(rows: int) -> float:
+        fitted = [fit(v, len(whole), rows) for v in args]
+        named = {k: fit(v, len(whole), rows) for k, v in kwargs.items()}
+        return result.timed(lambda: module(*fitted, **named), device)
+
+    return curve(name, evaluate, len(whole), options.repeats)
+
+
+def fit(value: Any, batch: int, rows: int) -> Any:
+    """A tensor of `batch` items repeated and cut to `rows`; anything else as it is."""
+    if not isinstance(value, torch.Tensor) or not value.ndim or len(value) != batch:
+        return value
+    times = -(-rows // batch)
+    return value.repeat(times, *[1] * (value.ndim - 1))[:rows].contiguous()
+
+
+def curve(name: str, evaluate: Callable[[int], float], batch: int, repeats: int) -> dict:
+    """eval(k windows) / eval(1) for k = 1..8, and the half batch of guidance split in two."""
+    sizes = {"half": batch // 2} | {str(k): k * batch for k in range(1, 9)}
+    found: dict[str, list[float]] = {key: [] for key in sizes}
+    for rows in sizes.values():
+        evaluate(rows)
+    for _ in range(repeats):
+        for key, rows in sizes.items():
+            found[key].append(evaluate(rows))
+    one = statistics.median(found["1"])
+    return {
+        "who": f"batch curve/{name}",
+        "ms": [1e3 * t for t in found["1"]],
+        "batch": batch,
+        "seconds": {key: result.spread(times) for key, times in found.items()},
+        "over_one": {key: statistics.median(times) / one for key, times in found.items()},
+    }
+
+
+def compiles(bench: Bench) -> dict:
+    """Graphs compiled before and during parallel runs of a compiled denoiser."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    bench.use("FlowMatchEuler")
+    plain = bench.pipe.transformer
+    backend = "eager" if bench.options.dry else "inductor"
+    bench.pipe.transformer = torch.compile(plain, backend=backend)
+    plan = Plan(step=Steps(degree=4, windows=Fixed(warmup=1), exact_split=False))
+    mesh = EchoMesh(plan.sizes, bench.device)
+    try:
+        bench.call(2)
+        before = counters["stats"]["unique_graphs"]
+        for _ in range(2):
+            _under(bench, plan, mesh, 9)
+        after = counters["stats"]["unique_graphs"]
+    finally:
+        bench.pipe.transformer = plain
+    return {"who": "compile", "ms": [], "graphs_before": before, "recompiles": after - before}
+
+
+def cases(bench: Bench) -> Iterator[Callable[[], dict]]:
+    options = bench.options
+    for name in SCHEDULERS:
+        yield lambda name=name: hooks(bench, name)
+        for degree in options.degrees:
+            yield lambda name=name, degree=degree: replay(bench, name, degree)
+    for name in options.curves:
+        yield lambda n=name: dit_curve(bench) if n == "dit" else full_curve(n, options)
+    if options.compile:
+        yield lambda: compiles(bench)
+
+
+def summary(bench: Bench, rows: list[dict], evaluation: dict) -> dict:
+    """The numbers that are asked for: worst median overhead, and the curves."""
+    found: dict[str, Any] = {"evaluation_ms": 1e3 * evaluation["median"]}
+    for kind in ("hooks", "replay"):
+        medians = {
+            row["who"]: row["overhead_percent"]["median"]
+            for row in rows
+            if row["who"].startswith(kind)
+        }
+        found[f"{kind}_percent"] = medians
+    found["over_one"] = {row["who"]: row["over_one"] for row in rows if "over_one" in row}
+    counted = [row["recompiles"] for row in rows if row["who"] == "compile"]
+    if counted:
+        found["recompiles"] = counted[0]
+    return found
+
+
+def shown(row: dict) -> str:
+    if "overhead_percent" in row:
+        over = row["overhead_percent"]
+        each = row.get("extra_ms_per_window")
+        more = "" if each is None else f", {each:.3f} ms per window"
+        return f"{over['median']:+.2f} % ({over['low']:+.2f} .. {over['high']:+.2f}){more}"
+    if "over_one" in row:
+        return "  ".join(f"{key}: {value:.2f}" for key, value in row["over_one"].items())
+    return f"recompiles {row['recompiles']}"
+
+
+def main(options: argparse.Namespace) -> int:
+    bench = Bench(options)
+    bench.use("FlowMatchEuler")
+    bench.call(2)
+    evaluation = result.spread([bench.evaluate() for _ in range(9)])
+    parameters = sum(p.numel() for p in bench.pipe.transformer.parameters())
+    name = result.device_name(bench.device)
+    book = result.begin("diffusion/steps-overhead", name, options.commit)
+    book |= {
+        "model": {"name": "class DiT", "parameters": parameters, "batch": options.batch},
+        "dtype": str(bench.dtype).removeprefix("torch."),
+        "evaluation_s": evaluation,
+        "notes": [line for line in __doc__.splitlines()[4:] if line],
+    }
+    print(f"{name}: {parameters / 1e6:.1f} M, {1e3 * evaluation['median']:.1f} ms per evaluation")
+    for case in cases(bench):
+        row = case()
+        book["rows"].append(row)
+        book["summary"] = summary(bench, book["rows"], evaluation)
+        result.write(options.out, book)
+        print(f"{row['who']:32} {shown(row)}", flush=True)
+    return 0
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=64, help="pictures; twice as many rows")
+    parser.add_argument("--pairs", type=int, default=9, help="of each comparison")
+    parser.add_argument("--repeats", type=int, default=5, help="of each point of a curve")
+    parser.add_argument("--degrees", default="2,4,8", help="step degrees of the replay rows")
+    parser.add_argument("--curves", default="dit", help=f"of dit, {', '.join(full_size.MODELS)}")
+    parser.add_argument("--compile", action="store_true", help="count compilations too")
+    parser.add_argument("--commit", default="unknown", help="recorded in the result")
+    parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU")
+    options = parser.parse_args(arguments)
+    options.degrees = [int(part) for part in options.degrees.split(",")]
+    options.curves = [part for part in options.curves.split(",") if part]
+    return options
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main(parse()))
