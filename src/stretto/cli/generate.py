@@ -408,13 +408,12 @@ def _write(out: Path, job: Job, outcomes: list[Outcome], result: dict[str, Any])
     """Everything at once; the names of the files."""
     from stretto.diffusion.output import staged, write_comparison, write_media, write_result
 
-    runs = [run for run in outcomes[0].runs if run.media is not None]
-    ours = next(run for run in runs if run.who == "ours")
+    media = {run.who: run.media for run in outcomes[0].runs if run.media is not None}
     rows = {row["who"]: row for row in result["rows"]}
     with staged(out) as aside:
-        names = write_media(aside, ours.media)
+        names = write_media(aside, media["ours"])
         if job.repeats:
-            sheet = [(_caption(rows[run.who]), run.media) for run in runs]
+            sheet = [(_caption(rows[who]), items) for who, items in media.items()]
             names += write_comparison(aside, sheet)
         result["files"] = [*names, "result.json"]
         write_result(aside / "result.json", result)
@@ -445,6 +444,7 @@ def _result(job: Job, outcomes: list[Outcome], threads: int, load: float) -> dic
     if job.repeats:
         floor = distance(first.floor, first.runs[0].media)
         summary["noise_floor_db"] = floor.get("psnr_db")
+        summary["noise_floor_identical"] = floor.get("identical")
         summary["evaluation_cost"] = {f"step{s} x cfg{c}": v for (s, c), v in first.costs.items()}
     return {
         "stretto": "result/1",
@@ -454,6 +454,7 @@ def _result(job: Job, outcomes: list[Outcome], threads: int, load: float) -> dic
         "command": shlex.join(["stretto", *sys.argv[1:]]),
         "commit": _commit(),
         "versions": _versions(),
+        "cores": detect.usable_cores(),
         "load": {"before": load, "after": os.getloadavg()[0]},
         "plan": repr(first.plan),
         "emulated": job.emulated,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_WIDTH = 112
+_WIDTH = 116
 _PER_RANK = ("evals", "exchanges", "sent")
 
 
@@ -48,7 +48,7 @@ def _table(result: dict[str, Any]) -> Table:
     table = Table(
         title=title,
         box=SIMPLE_HEAD,
-        padding=(0, 2, 0, 0),
+        padding=(0, 1, 0, 0),
         title_justify="left",
         caption_justify="left",
     )
@@ -105,13 +105,14 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         "evals (denoiser), exchanges, bytes sent: per rank; PSNR: against sequential",
     ]
     if floor is not None:
-        lines.append(
-            f"noise floor: {floor:.1f} dB (sequential with its batch cut in two: rounding alone)"
-        )
+        value = "same bits" if summary["noise_floor_identical"] else f"{floor:.1f} dB"
+        lines.append(f"noise floor: {value} (sequential with its batch cut in two: rounding alone)")
     if result["emulated"]:
         lines.append("emulated: ranks took turns in one process, so there are no times")
-    load = result["load"]
+    load, cores = result["load"], result["cores"]
     lines.append(f"load average {load['before']:.1f} before, {load['after']:.1f} after")
+    if not result["emulated"] and load["before"] > cores / 2:
+        lines.append(f"other work kept these {cores} cores busy: do not quote the times")
     return lines
 
 

@@ -70,6 +70,7 @@ def compare(worker: Worker) -> Outcome:
             stage = f"{method.who} ({repeat + 1} of {job.repeats})"
             _merge(outcome.runs, worker.run(method.who, method.plan, job.steps, stage))
         ours = next(run for run in outcome.runs if run.who == OURS)
+        assert ours.report is not None, "ours runs under a plan on every rank"
         depth = round(depth_of(ours.report, plan, outcome.costs))
         stage = f"{FEWER} ({repeat + 1} of {job.repeats})"
         _merge(outcome.runs, worker.run(FEWER, None, max(1, depth), stage))
@@ -108,11 +109,10 @@ def _warm(worker: Worker, compared: Sequence[Method]) -> list[Method]:
         plan = method.plan
         degree = plan.step.degree if plan else 1
         short = min(worker.job.steps, degree + 2)
-        if method.who == CFG_ALONE and degree > 1:
-            plan = with_steps(plan, windows=Fixed(warmup=short))
-        elif plan and method.who == OURS:
-            # Its windows may be written for the full number of steps.
-            plan = with_steps(plan, windows=Fixed(warmup=2)) if degree > 1 else plan
+        if plan and degree > 1 and method.who in (CFG_ALONE, OURS):
+            # Windows may be written for the full number of steps.
+            warmup = short if method.who == CFG_ALONE else 2
+            plan = with_steps(plan, windows=Fixed(warmup=warmup))
         run = worker.run(method.who, plan, short, f"warming up: {method.who}")
         # A scheduler of several evaluations per step takes more steps than asked: the exact
         # windows of cfg alone would then end too early.
@@ -204,7 +204,7 @@ def _row(
     if run.report and "ranks" in run.report:
         reports = run.report["ranks"]
     depth = float(run.steps)
-    if run.report:
+    if run.report and run.plan:
         depth = depth_of(run.report, run.plan, costs)
         row["windows"] = [part["size"] for part in run.report["windows"]]
         row["walk"] = run.report["walk"]

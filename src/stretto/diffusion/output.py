@@ -149,7 +149,9 @@ def _sheet(rows: Sequence[tuple[str, np.ndarray]]):
     for y, (label, pictures) in enumerate(rows):
         draw.multiline_text((4, y * high + gap), label, fill="black")
         for x, picture in enumerate(pictures):
-            shown = _picture(picture).resize((width * scale, height * scale), Image.NEAREST)
+            shown = _picture(picture).resize(
+                (width * scale, height * scale), Image.Resampling.NEAREST
+            )
             sheet.paste(shown.convert("RGB"), (left + x * wide + gap, y * high + gap))
     return sheet
 

@@ -158,15 +158,26 @@ class _Watch:
 
     def outcome(self, failure: str) -> list[Any]:
         """The results, or the error that explains best why there are none."""
-        told = [error for error in map(self._error_of, range(self.ranks)) if error]
+        told = [told for told in map(self._error_of, range(self.ranks)) if told]
         if self.stalled:
             raise RankLost(self.stalled)
         if told:
-            raise min(told, key=_precedence)
+            raise self._completed(min(told, key=_precedence)[1])
         if failure:
             raise RankLost(f"{failure}; last recorded: {self._last_words()}")
         files = [self.folder / f"{rank}.result" for rank in range(self.ranks)]
         return [pickle.loads(file.read_bytes()) for file in files]
+
+    def _completed(self, error: StrettoError) -> StrettoError:
+        """A wait that ended names no culprit if that one was waiting too, when it was last heard.
+
+        Here it is known: the rank that left neither a result nor an error.
+        """
+        left = [file.stem for file in self.folder.iterdir() if file.suffix != ".note"]
+        silent = [rank for rank in range(self.ranks) if str(rank) not in left]
+        if not silent or not isinstance(error, MeshTimeout):
+            return error
+        return RankLost(f"{error}\n  lost: {self._last_words(silent)}")
 
     def _follow(self) -> None:
         last, failed = time.monotonic(), None
@@ -207,9 +218,9 @@ class _Watch:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(note["pid"], signal.SIGKILL)
 
-    def _last_words(self) -> str:
+    def _last_words(self, ranks: Sequence[int] | None = None) -> str:
         words = []
-        for rank in range(self.ranks):
+        for rank in range(self.ranks) if ranks is None else ranks:
             note = self.notes.get(rank)
             if note is None:
                 words.append(f"rank {rank} (recorded nothing)")
@@ -218,7 +229,8 @@ class _Watch:
                 words.append(f"rank {rank} ({ago:.1f} s ago: {note['stage']})")
         return "; ".join(words)
 
-    def _error_of(self, rank: int) -> StrettoError | None:
+    def _error_of(self, rank: int) -> tuple[float, StrettoError] | None:
+        """When a rank raised, and what."""
         file = self.folder / f"{rank}.error"
         if not file.is_file():
             return None
@@ -231,13 +243,13 @@ class _Watch:
                 f"rank {rank} raised {told['kind']}: {told['message']}\n{told['traceback']}"
             )
         error.add_note(f"in rank {rank}:\n{told['traceback']}")
-        error.told_at = told["time"]
-        return error
+        return told["time"], error
 
 
-def _precedence(error: StrettoError) -> tuple[bool, float]:
+def _precedence(told: tuple[float, StrettoError]) -> tuple[bool, float]:
     """Causes before their consequences at waiting peers, then the earliest."""
-    return isinstance(error, MeshTimeout), error.told_at
+    at, error = told
+    return isinstance(error, MeshTimeout), at
 
 
 def _here(entry: Callable, args: tuple, threads: int, on_note: OnNote | None) -> Any:
