@@ -73,6 +73,9 @@ class Model:
             modules = {name: make() for name, make in self.parts(shape).items()}
         for module in modules.values():
             if isinstance(module, torch.nn.Module):
+                # Some parameters (mixing factors) ignore the default device. diffusers' own `to`
+                # warns of nothing that matters here.
+                torch.nn.Module.to(module, device=device, dtype=dtype)
                 fill_zero_weights(module)
                 module.requires_grad_(False).eval()
         pipe = self.assemble(modules)

@@ -177,7 +177,7 @@ def dit_curve(bench: Bench) -> dict:
         labels = torch.zeros(rows, dtype=torch.int64, device=bench.device)
         return result.timed(lambda: bench.pipe.denoise(x, t, labels), bench.device)
 
-    return curve("dit", evaluate, 2 * bench.options.batch, bench.options.repeats)
+    return curve("dit", evaluate, 2 * bench.options.curve_batch, bench.options.repeats)
 
 
 def full_curve(name: str, options: argparse.Namespace) -> dict:
@@ -323,7 +323,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=64, help="pictures; twice as many rows")
+    parser.add_argument("--batch", type=int, default=192, help="pictures; twice as many rows")
+    parser.add_argument("--curve-batch", type=int, default=4, help="the same in the DiT's curve")
     parser.add_argument("--pairs", type=int, default=9, help="of each comparison")
     parser.add_argument("--repeats", type=int, default=5, help="of each point of a curve")
     parser.add_argument("--degrees", default="2,4,8", help="step degrees of the replay rows")

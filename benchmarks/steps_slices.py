@@ -162,6 +162,7 @@ def start(options: argparse.Namespace, environment: dict) -> list[tuple[subproce
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore",
         "TRANSFORMERS_VERBOSITY": "error",
+        "DIFFUSERS_VERBOSITY": "error",
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "" if options.dry else "0",
         "BENCHMARK_STARTED": str(options.started),
@@ -220,6 +221,8 @@ class Bench:
         self.meshes: dict[str, Any] = {}
         self.decoded: Any = None
         self.took: dict[str, float] = {}
+        #: Whether one device, too, decodes in the parts that ranks would share.
+        self.in_parts = False
 
     def _mesh(self, plan: Plan) -> Any:
         return init_mesh(plan, device=self.device, timeout_s=TIMEOUT_S)
@@ -274,15 +277,22 @@ class Bench:
         pieces = self.model.pieces(self.pipe, latents, shared=True)
         self.model.decode(self.pipe, pieces[min(self.rank, len(pieces) - 1)])
         if self.rank == 0:
-            # Other tile sizes take other kernels; a third of the frames shows most of them.
-            whole = self.model.pieces(self.pipe, latents, shared=False)[0]
-            few = whole[:, :, :3] if whole.ndim == 5 else whole
-            self.model.decode(self.pipe, few)
+            self._warm_whole_decode(latents)
         finite = all(self.collect(bool(latents.isfinite().all())))
         self.say(f"warm: batches {self.batches()} and decoding; latents finite: {finite}")
         if not finite:
             raise SystemExit("latents hold NaN or infinity after two steps: another --dtype?")
         self.barrier()
+
+    def _warm_whole_decode(self, latents: torch.Tensor) -> None:
+        """Other sizes take other kernels; three latent frames show them, and the memory needed."""
+        whole = self.model.pieces(self.pipe, latents, shared=False)[0]
+        try:
+            self.model.decode(self.pipe, whole[:, :, :3] if whole.ndim == 5 else whole)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            self.in_parts = True
+            self.say("no memory to decode in one piece: sequential decodes in parts, one by one")
 
     def _limit_memory(self) -> None:
         """Each process a part of the card, so that a cache grows at nobody else's cost."""
@@ -372,10 +382,11 @@ class Bench:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, *, shared: bool) -> None:
         """Pixels or sound on rank 0, from pieces that it decodes alone or that all ranks share."""
-        pieces = self.model.pieces(self.pipe, latents, shared=shared)
+        in_parts = shared or self.in_parts
+        pieces = self.model.pieces(self.pipe, latents, shared=in_parts)
         if not shared:
             parts = [self.model.decode(self.pipe, piece) for piece in pieces]
-            self.decoded = self.model.join(self.pipe, self.shape, parts, shared=False).cpu()
+            self.decoded = self.model.join(self.pipe, self.shape, parts, shared=in_parts).cpu()
             return
         own = {
             k: self.model.decode(self.pipe, piece)
@@ -599,6 +610,7 @@ class Book:
 
     def close(self) -> None:
         self.result["finite"] = self.bench.took["finite"] == 1.0
+        self.result["sequential_decodes_in_parts"] = self.bench.in_parts
         self.result["memory_bytes"] = self.bench.collect(memory(self.bench.device))
         self.write()
         self.bench.say("summary: times one slice, loop alone / working, end to end alone / working")
