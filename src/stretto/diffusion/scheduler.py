@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from stretto.errors import UnsupportedPipeline
 
+#: Prediction types whose relation to flow velocity is known.
+_CARRIED = ("epsilon", "sample", "v_prediction")
 #: Attributes that the hooks put on the instance; they are no part of its state.
 WRAPPED = ("step", "set_timesteps")
 
@@ -89,7 +92,8 @@ class SchedulerPort:
         return _copied({k: v for k, v in vars(self.scheduler).items() if k not in WRAPPED})
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put a snapshot back; it may be used once, for its tensors are not copied again."""
+        """Put a copy of a snapshot back, so that it can be used again."""
+        state = _copied(state)
         own = vars(self.scheduler)
         for name in [n for n in own if n not in state and n not in WRAPPED]:
             del own[name]
@@ -117,6 +121,24 @@ class SchedulerPort:
         if not _is_flow(self.scheduler):
             grid = [s / (1.0 + s) for s in grid]
         return [min(max(s, 0.0), 1.0) for s in grid]
+
+    def carry(self, noise: float) -> float:
+        """Change of a prediction with its latents at constant flow velocity, at a noise fraction.
+
+        A prediction evaluated on guessed latents x' serves the true latents x as
+        g + carry * (x - x'). Velocity depends on latents far less than noise does: holding
+        epsilon lets an error of the latents grow by 1 / (1 - s) a step. 0 for flow schedulers.
+        """
+        kind = self.scheduler.config.get("prediction_type")
+        if _is_flow(self.scheduler) or kind not in _CARRIED:
+            return 0.0
+        sigma = noise / max(1.0 - noise, 1e-6)
+        # x / (1 + sigma) moves on straight lines; variance-preserving latents are smaller than x.
+        grown = float(getattr(self.scheduler, "init_noise_sigma", 1.0)) > 1.001
+        scale = (1.0 if grown else math.hypot(1.0, sigma)) / (1.0 + sigma)
+        if kind == "v_prediction":
+            scale *= (1.0 - sigma) / math.hypot(1.0, sigma)
+        return scale
 
 
 def sample_of(result: Any) -> Tensor:

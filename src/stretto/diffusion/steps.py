@@ -193,16 +193,56 @@ class StepRun:
         like = window.calls[0].guided
         guided, headers = exchange.gather(self.mesh, window.guided, like, self._header(like))
         self.interrupted = self.interrupted or headers[0].interrupted
-        self.port.restore(window.state)
-        self.randomness.restore(window.random)
+        guesses = self._guessed_latents() if self._carries else []
+        self._rewind()
         result = self._last
         for inside, (call, true) in enumerate(zip(window.calls, guided, strict=True)):
             if inside:
                 call = self._continued(call, result)
             self._measure(inside, call.sample)
+            if guesses:
+                true = self._carried(true, call.sample, guesses[inside], window.start + inside)
             result = self.port.real(call.replaced(model_output=true))
             self._remember(window.start + inside, true)
         return result
+
+    def _rewind(self) -> None:
+        """Scheduler and generators as they were at the window's start."""
+        self.port.restore(self.window.state)
+        self.randomness.restore(self.window.random)
+
+    @property
+    def _carries(self) -> bool:
+        """Whether predictions are carried from guessed to true latents; the published never are."""
+        here = self.noise[self.window.start]
+        return not self.predictor.needs_own_output and self.port.carry(here) != 0
+
+    def _guessed_latents(self) -> list[Tensor]:
+        """The latents on which every position's prediction was evaluated.
+
+        All ranks hold the history that guesses come from, so each walks them by itself: what the
+        scheduler computes need not be sent.
+        """
+        self._rewind()
+        window, result = self.window, self._last
+        latents = []
+        for inside, call in enumerate(window.calls):
+            if inside:
+                call = self._continued(call, result)
+            latents.append(call.sample)
+            if inside < window.size - 1:
+                guess = self.predictor.guess(self.noise[window.start + inside], inside + 1)
+                result = self.port.real(call.replaced(model_output=guess))
+        return latents
+
+    def _carried(self, guided: Tensor, true: Tensor, guess: Tensor, position: int) -> Tensor:
+        """A prediction made on `guess`, for the true latents; unchanged bits where they agree."""
+        if guided.shape != true.shape:
+            # Learned variances ride along in more channels: nothing is known of their change.
+            return guided
+        factor = self.port.carry(self.noise[position])
+        moved = guided.float() + factor * (true.float() - guess.float())
+        return torch.where(true == guess, guided, moved.to(guided.dtype))
 
     def _continued(self, call: StepCall, result: Any) -> StepCall:
         """A recorded call on the true sample, cast as the pipeline cast it, with carried extras."""
