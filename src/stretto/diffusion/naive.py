@@ -33,10 +33,11 @@ def published(denoise, step, x, num_steps, degree, warmup):
     return latents
 
 
-def replay(denoise, step, x, windows, noise, guess):
+def replay(denoise, step, x, windows, noise, guess, carry=None):
     """Windows with newest-known guesses; every rank then replays the true steps.
 
     guess(known, bounds, noise, horizon): known g_0 .. g_{n-1}, window starts so far and n.
+    carry[i]: change of the prediction of step i per change of its latents, 0 if None.
     """
     latents, known, bounds = [np.asarray(x, np.float64)], [], [0]
     for size in windows:
@@ -45,10 +46,11 @@ def replay(denoise, step, x, windows, noise, guess):
             own_x = latents[start]
             for position in range(rank):
                 own_x = step(own_x, guess(known, bounds, noise, position + 1), start + position)
-            found.append(denoise(own_x, start + rank))
-        for position in range(size):
-            latents.append(step(latents[-1], found[position], start + position))
-        known, bounds = known + found, [*bounds, start + size]
+            found.append((denoise(own_x, start + rank), own_x))
+        for i, (g, own_x) in enumerate(found, start):
+            known.append(g if carry is None else g + carry[i] * (latents[-1] - own_x))
+            latents.append(step(latents[-1], known[-1], i))
+        bounds.append(len(known))
     return latents
 
 
@@ -59,10 +61,9 @@ def repeat(known, bounds, noise, horizon):
 
 def damped(known, bounds, noise, horizon):
     """Newest prediction plus the damped linear change in noise; horizon h fits its own damping."""
-    n = len(known)
+    n, damping = len(known), 0.5
     if n == 1:
         return known[-1]
-    damping = 0.5
     for start, end in pairwise(bounds):
         base = max(start, 2)  # a line needs two predictions before it
         target = base + horizon - 1

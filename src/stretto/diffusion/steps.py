@@ -241,7 +241,8 @@ class StepRun:
             # Learned variances ride along in more channels: nothing is known of their change.
             return guided
         factor = self.port.carry(self.noise[position])
-        moved = guided.float() + factor * (true.float() - guess.float())
+        wide = torch.promote_types(guided.dtype, torch.float32)
+        moved = guided.to(wide) + factor * (true.to(wide) - guess.to(wide))
         return torch.where(true == guess, guided, moved.to(guided.dtype))
 
     def _continued(self, call: StepCall, result: Any) -> StepCall:
