@@ -37,7 +37,7 @@ def parallelized(
     smaller batches, bitwise for whole calls); windows of several steps are approximate, with the
     error of every guess in `.report`. `plan` may be a plan file. `denoiser` names the component
     to hook in an unknown pipeline. `predictor` replaces the plan's by an object of yours with the
-    methods of `predict.Extrapolation`. `debug` compares a hash of the latents at every window.
+    methods of `predict.Predictor`. `debug` compares a hash of the latents at every window.
     Leaving restores the pipeline, also after an exception; two pipelines may be inside at once.
     Yields an Attachment: `.report` after a call, `.provisional` inside callbacks.
     Raises PlanMismatch, UnsupportedPipeline before any call; in a call LatentsEdited,
@@ -67,6 +67,7 @@ def emulate(
     *,
     denoiser: str | None = None,
     predictors: Sequence[Predictor] | None = None,
+    batched: bool = False,
     timeout_s: float = TIMEOUT_S,
 ) -> Iterator[Emulation]:
     """Like `parallelized`, with all ranks played in turn by this process, on one device.

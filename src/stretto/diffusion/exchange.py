@@ -98,8 +98,16 @@ def _read_header(message: Tensor) -> Header:
     if magic != _MAGIC:
         raise RanksDisagree(f"a window message starts with {magic!r}, not {_MAGIC!r}")
     dims = struct.unpack_from(f"<{_MAX_DIMS}Q", head, _LAYOUT.size)[:ndim]
-    text = [part.rstrip(b"\0").decode() for part in (dtype, device)]
-    return Header(rank, start, size, *text, tuple(dims), hashed, bool(stop))
+    return Header(
+        rank=rank,
+        start=start,
+        size=size,
+        dtype=dtype.rstrip(b"\0").decode(),
+        device=device.rstrip(b"\0").decode(),
+        shape=tuple(dims),
+        digest=hashed,
+        interrupted=bool(stop),
+    )
 
 
 def _unpacked(message: Tensor, like: Tensor) -> Tensor:

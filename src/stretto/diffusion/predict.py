@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,28 @@ from stretto.plan.options import PREDICTORS
 # Borrowing the fit of a nearer horizon instead cost up to 13 dB (10 Gaussians in 64 dimensions,
 # N 50, p 8, five exact steps first; float64, naive.py): nearer horizons are damped less.
 _UNFITTED = 0.5
+
+
+class Predictor(Protocol):
+    """What a run asks of a predictor, in step order; any object with these methods will do.
+
+    `needs_own_output`: guesses come from this rank's own remembered output, not from history.
+    """
+
+    needs_own_output: bool
+
+    def reset(self) -> None:
+        """A new generation starts."""
+
+    def append(self, s: float, g: Tensor) -> None:
+        """Take the next true guided prediction, at noise fraction s."""
+
+    def close_window(self, start: int, size: int) -> None:
+        """Steps start .. start + size - 1 have been appended."""
+
+    def guess(self, s: float, horizon: int, *, own_output: Tensor | None = None) -> Tensor:
+        """The prediction `horizon` >= 1 steps after the last known one, at noise fraction s."""
+        ...
 
 
 class Extrapolation:
@@ -155,9 +178,6 @@ class OwnOutput:
         """Return own_output, the recombined guided prediction of this position."""
         assert own_output is not None, "predictor own: the caller recombines the remembered output"
         return own_output
-
-
-Predictor = Extrapolation | OwnOutput
 
 
 def make_predictor(name: str, damping: Sequence[float] | None = None) -> Predictor:

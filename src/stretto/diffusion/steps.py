@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 from stretto.diffusion import exchange
+from stretto.diffusion.batched import Meeting
 from stretto.diffusion.exchange import Header
-from stretto.diffusion.guidance import Branches, Denoise
+from stretto.diffusion.guidance import Branches, Denoise, tensors_of
 from stretto.diffusion.predict import Predictor, make_predictor
 from stretto.diffusion.randomness import Randomness
 from stretto.diffusion.report import Report, WindowRecord
 from stretto.diffusion.scheduler import SchedulerPort, StepCall, extras_of, sample_of
 from stretto.diffusion.windows import Schedule
-from stretto.errors import IncompleteWindow, LatentsEdited, UnsupportedPipeline
+from stretto.errors import IncompleteWindow, LatentsEdited, RanksDisagree, UnsupportedPipeline
 from stretto.mesh.count import CountingMesh
 from stretto.mesh.mesh import Mesh
 from stretto.plan.model import Plan
@@ -62,6 +63,7 @@ class StepRun:
         *,
         num_timesteps: Callable[[], int | None] = lambda: None,
         predictor: Predictor | None = None,
+        meeting: Meeting | None = None,
         debug: bool = False,
     ):
         self.plan = plan
@@ -76,6 +78,7 @@ class StepRun:
         self.interrupt_asked: Callable[[], bool] = lambda: False
         self._num_timesteps = num_timesteps
         self._predictor = predictor
+        self._meeting = meeting
         self._begin()
 
     def _begin(self) -> None:
@@ -106,14 +109,12 @@ class StepRun:
         """A denoiser call: the true output on the ranks that own it, a remembered one elsewhere."""
         if not self._call_counts:
             self.mesh.record(f"window {self.window.index}: evaluating step {self.position}")
+            self._check_start(call)
         call.index = self._call_counts[call.module]
         self._call_counts[call.module] += 1
         key = call.key
         if self._evaluates or key not in self.structure:
-            known, before = self.structure.get(key), self.branches.runs
-            shared = self._is_planned and self.window.size == 1 and self._shares_exact_steps
-            self.structure[key] = self.branches.evaluate(call, known, share_step=shared)
-            self.report.count(self.branches.runs - before, planned=self._evaluates)
+            self.structure[key] = self._evaluate(call, self.structure.get(key))
         return self.structure[key]
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
@@ -152,6 +153,17 @@ class StepRun:
     def _evaluates(self) -> bool:
         inside = self.position - self.window.start
         return self.window.size == 1 or inside == self.rank
+
+    def _evaluate(self, call: Denoise, known: Any) -> Any:
+        """A true output: of this rank alone, of the ranks that share it, or of a joint batch."""
+        if self._meeting and self._evaluates and self.window.size > 1:
+            self.report.count(1, planned=True)
+            return self._meeting.evaluate(call, self.window.size)
+        shared = self._is_planned and self.window.size == 1 and self._shares_exact_steps
+        before = self.branches.runs
+        output = self.branches.evaluate(call, known, share_step=shared)
+        self.report.count(self.branches.runs - before, planned=self._evaluates)
+        return output
 
     def _exact(self, call: StepCall) -> Any:
         call = call.replaced(model_output=self.branches.settle(call.guided))
@@ -208,6 +220,7 @@ class StepRun:
 
     def _rewind(self) -> None:
         """Scheduler and generators as they were at the window's start."""
+        assert self.window.state is not None, "a window of several steps keeps its first state"
         self.port.restore(self.window.state)
         self.randomness.restore(self.window.random)
 
@@ -348,12 +361,27 @@ class StepRun:
         if self.position >= len(self.noise) - 1:
             self.window = Window(window.index + 1, self.position, 1)
             return
+        assert self.schedule is not None, "windows are planned after the first step"
         if self.schedule.is_adaptive and window.size > 1:
             self._errors = self.report.shared_errors(self.mesh, window.start, window.size)
         size = self.schedule.size_at(window.index + 1, self.position, self._errors)
         self.window = Window(window.index + 1, self.position, size)
 
     # ---- what must not pass silently -------------------------------------------------------
+
+    def _check_start(self, call: Denoise) -> None:
+        """Ranks that start from other latents or embeddings would blend two pictures."""
+        if self.position or self.mesh.world_size == 1:
+            return
+        # Asked of the mesh underneath: what control costs is not part of a plan's bytes.
+        own = exchange.digest(*tensors_of((call.args, call.kwargs)))
+        for rank, seen in enumerate(self.mesh.mesh.gather_bytes(own)):
+            if seen != own:
+                raise RanksDisagree(
+                    f"first denoiser call: rank {rank} has inputs {seen.hex()[:8]}, rank "
+                    f"{self.mesh.world_rank} {own.hex()[:8]} (hash of latents, timestep and "
+                    "embeddings); pass the same prompt, seed and sizes on every rank"
+                )
 
     def _check_alternation(self) -> None:
         if not self._call_counts:

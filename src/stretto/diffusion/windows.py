@@ -18,32 +18,32 @@ class Schedule:
     def __init__(self, steps: Steps, noise: Sequence[float]):
         self._steps = steps
         self._num_steps = len(noise) - 1
-        self._is_adaptive = isinstance(steps.windows, Adaptive)
-        self.sizes: list[int] = [] if self._is_adaptive else list(_fixed(steps, noise))
+        option = steps.windows
+        self._tolerance = option.tolerance if isinstance(option, Adaptive) else None
+        self.sizes: list[int] = [] if self.is_adaptive else list(_fixed(steps, noise))
 
     @property
     def is_adaptive(self) -> bool:
-        return self._is_adaptive
+        return self._tolerance is not None
 
     def size_at(self, index: int, start: int, errors: Sequence[float]) -> int:
         """Size of window `index`, which starts at step `start`.
 
         `errors`: the last window's relative guess errors per position, as all ranks know them.
         """
-        if not self._is_adaptive:
+        if self._tolerance is None:
             return self.sizes[index]
-        self.sizes.append(self._next(index, start, errors))
+        self.sizes.append(self._next(index, start, errors, self._tolerance))
         return self.sizes[-1]
 
-    def _next(self, index: int, start: int, errors: Sequence[float]) -> int:
+    def _next(self, index: int, start: int, errors: Sequence[float], tolerance: float) -> int:
         """Double while the error is under half the tolerance, +1 under it, else what was right."""
         left = self._num_steps - start
         if index == 0:
             return 1
         if not errors:
             return min(2, self._steps.degree, left)
-        last, tolerance = len(errors), self._steps.windows.tolerance
-        worst = max(errors)
+        last, worst = len(errors), max(errors)
         if worst < tolerance / 2:
             wanted = 2 * last
         elif worst < tolerance:

@@ -29,7 +29,9 @@ class CountingMesh(Mesh):
         self._count(phase, "broadcast", axis, copies * _size(tensor))
         return self.mesh.broadcast(tensor, axis, src, phase)
 
-    def permute(self, tensor, axis, moves: Mapping[int, int], phase) -> Pending:
+    def permute(
+        self, tensor, axis, moves: Mapping[int, int], phase
+    ) -> Pending[torch.Tensor | None]:
         copies = int(self.rank(axis) in moves)
         self._count(phase, "permute", axis, copies * _size(tensor))
         return self.mesh.permute(tensor, axis, moves, phase)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ class LocalWorld:
         self.device = device
         self.timeout_s = timeout_s
         self.turn = threading.Condition()
-        self.slots: dict[tuple, dict[int, object]] = {}
+        self.slots: dict[tuple, dict[int, Any]] = {}
         self.readers: dict[tuple, int] = {}
         self.failed: dict[int, BaseException] = {}
         self.stages: dict[int, str] = {}
@@ -67,7 +68,7 @@ class LocalWorld:
         self._raise_first()
         return results
 
-    def exchange(self, key: tuple, rank: int, value: object, members: int) -> dict[int, object]:
+    def exchange(self, key: tuple, rank: int, value: Any, members: int) -> dict[int, Any]:
         """Put a value under a key, wait until all members did, and return them all."""
         slot = self.slots.setdefault(key, {})
         slot[rank] = value
@@ -135,7 +136,7 @@ class LocalMesh(Mesh):
 
         return Pending(finish)
 
-    def permute(self, tensor, axis, moves, phase):
+    def permute(self, tensor, axis, moves, phase) -> Pending[torch.Tensor | None]:
         here = self.rank(axis)
         for src, dst in moves.items():
             key = self._key(f"permute {src}-{dst}", axis)

@@ -12,13 +12,15 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from stretto import axes
 from stretto.errors import MeshTimeout, PlanMismatch, RankLost
+
+Result = TypeVar("Result")
 
 #: Seconds a wait may last before its peers are reported lost.
 TIMEOUT_S = 300.0
@@ -31,13 +33,13 @@ class Sized(Protocol):
     def sizes(self) -> Mapping[str, int]: ...
 
 
-class Pending:
+class Pending(Generic[Result]):
     """A collective under way; `wait()` gives its result and may be called once."""
 
-    def __init__(self, finish: Callable[[], object]):
-        self._finish = finish
+    def __init__(self, finish: Callable[[], Result]):
+        self._finish: Callable[[], Result] | None = finish
 
-    def wait(self):
+    def wait(self) -> Result:
         finish, self._finish = self._finish, None
         assert finish is not None, "a pending collective is waited for once"
         return finish()
@@ -82,17 +84,21 @@ class Mesh(ABC):
         return axes.peers(self.world_rank, axis, self.sizes)
 
     @abstractmethod
-    def all_gather(self, tensor: torch.Tensor, axis: str | None, phase: str) -> Pending:
+    def all_gather(
+        self, tensor: torch.Tensor, axis: str | None, phase: str
+    ) -> Pending[list[torch.Tensor]]:
         """Every rank's tensor, as a list in axis order; shapes and dtypes are equal."""
 
     @abstractmethod
-    def broadcast(self, tensor: torch.Tensor, axis: str | None, src: int, phase: str) -> Pending:
+    def broadcast(
+        self, tensor: torch.Tensor, axis: str | None, src: int, phase: str
+    ) -> Pending[torch.Tensor]:
         """The tensor of axis position `src`; elsewhere `tensor` is the buffer that receives it."""
 
     @abstractmethod
     def permute(
         self, tensor: torch.Tensor, axis: str | None, moves: Mapping[int, int], phase: str
-    ) -> Pending:
+    ) -> Pending[torch.Tensor | None]:
         """Send from source to destination positions; only ranks named in `moves` call this.
 
         On a destination `tensor` is the receive buffer's model, and the result what arrived; on a
@@ -136,7 +142,7 @@ class ProcessMesh(Mesh):
 
     def _own_group(self, axis: str | None) -> dist.ProcessGroup | None:
         """Groups of one axis; every rank creates all of them, in the same order."""
-        own = None
+        own: dist.ProcessGroup | None = None
         done: set[tuple[int, ...]] = set()
         for rank in range(self.world_size):
             members = tuple(axes.peers(rank, axis, self.sizes) if axis else self.peers(None))
@@ -145,6 +151,7 @@ class ProcessMesh(Mesh):
             done.add(members)
             group = dist.new_group(list(members), timeout=timedelta(seconds=self.timeout_s))
             if self.world_rank in members:
+                assert isinstance(group, dist.ProcessGroup), "a member gets its group"
                 own = group
         return own
 

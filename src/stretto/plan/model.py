@@ -72,7 +72,7 @@ def _complaints(error: ValidationError, fields: dict) -> list[str]:
     asked = _kinds(fields)
     lines, known = [], []
     for item in error.errors(include_url=False):
-        branch = [part for part in item["loc"] if str(part)[:1].isupper()]
+        branch = [part for part in item["loc"] if isinstance(part, str) and part[:1].isupper()]
         where = ".".join(str(part) for part in item["loc"] if part not in branch)
         if item["type"] == "literal_error" and branch:
             known.append(item["ctx"]["expected"])

@@ -92,7 +92,7 @@ def train(
     repeats the run. Raises ConfigError for counts below 1, an unknown model, sizes that do not fit.
     """
     job = Job(recipe, pictures, device)
-    start = time.perf_counter()
+    start = half = time.perf_counter()
     advance = job.captured() if recipe.graph else job.advance
     while job.step < job.recipe.steps:
         job.after(advance())
