@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -74,14 +75,21 @@ def emulate(
 
     The same code decides the same things, so the result is bitwise that of real ranks on the same
     kind of device; only the time is not. Yields an Emulation with `.report` (rank 0), and
-    `.reports` and `.results` of all ranks. `predictors`, one per rank, replace the plan's. A
-    stochastic scheduler needs an
-    explicit generator: UnsupportedPipeline.
+    `.reports` and `.results` of all ranks. `predictors`, one per rank, replace the plan's.
+    `batched` evaluates each window as one forward pass on W times the rows, which is faster where
+    launching kernels takes the time, and equal up to round-off (Plan.cfg must be 1).
+    A stochastic scheduler needs an explicit generator: UnsupportedPipeline.
     """
+    options = {"denoiser": denoiser, "predictors": predictors, "batched": batched}
     chosen = plan if isinstance(plan, Plan) else read_plan(plan)
     chosen = resolved(chosen, pipe, denoiser=denoiser)
     plain = type(pipe)
-    emulation = Emulation(pipe, chosen, denoiser, predictors, timeout_s)
+    if batched and chosen.cfg.degree > 1:
+        raise PlanMismatch(
+            f"batched windows with cfg={chosen.cfg.degree}: one device holds both branches "
+            "in one batch already; use cfg=1"
+        )
+    emulation = Emulation(pipe, chosen, timeout_s=timeout_s, **options)
 
     class Emulated(plain):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -96,25 +104,21 @@ def emulate(
         pipe.__class__ = plain
 
 
+@dataclass
 class Emulation:
     """Virtual ranks around one pipeline: each has its own scheduler, all share the modules."""
 
-    def __init__(
-        self,
-        pipe: Any,
-        plan: Plan,
-        denoiser: str | None,
-        predictors: Sequence[Predictor] | None,
-        timeout_s: float,
-    ):
-        self.pipe = pipe
-        self.plan = plan
-        self.denoiser = denoiser
-        self.predictors = predictors
-        self.timeout_s = timeout_s
-        self.plain = type(pipe)
-        self.reports: list[Report] = []
-        self.results: list = []
+    pipe: Any
+    plan: Plan
+    denoiser: str | None = None
+    predictors: Sequence[Predictor] | None = None
+    batched: bool = False
+    timeout_s: float = TIMEOUT_S
+    reports: list[Report] = field(default_factory=list)
+    results: list = field(default_factory=list)
+
+    def __post_init__(self):
+        self._plain = type(self.pipe)
         self._structures: dict[int, dict] = {}
 
     @property
@@ -141,8 +145,15 @@ class Emulation:
             args, kwargs = _own_generators(args), _own_generators(kwargs)
         predictor = self.predictors[mesh.world_rank] if self.predictors else None
         structure = self._structures.setdefault(mesh.world_rank, {})
-        options = {"denoiser": self.denoiser, "predictor": predictor, "structure": structure}
-        attachment = Attachment(pipe, self.plan, mesh, **options).attach()
+        attachment = Attachment(
+            pipe,
+            self.plan,
+            mesh,
+            denoiser=self.denoiser,
+            predictor=predictor,
+            structure=structure,
+            batched=self.batched,
+        ).attach()
         try:
             return attachment.call(original, *args, **kwargs), attachment.report
         finally:
@@ -151,7 +162,7 @@ class Emulation:
     def _clone(self, rank: int) -> Any:
         """A pipeline with its own scheduler and module objects over the same parameters."""
         clone = copy.copy(self.pipe)
-        clone.__class__ = self.plain
+        clone.__class__ = self._plain
         clone.scheduler = copy.deepcopy(self.pipe.scheduler)
         for name, value in self.pipe.components.items():
             if isinstance(value, torch.nn.Module):

@@ -116,7 +116,8 @@ def _unpacked(message: Tensor, like: Tensor) -> Tensor:
 
 
 def _raw(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+    # A clone has stride 1 even where one expanded element passes for contiguous.
+    return tensor.detach().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _check(headers: list[Header], own: Header, rank: int) -> None:

@@ -58,10 +58,10 @@ class Denoise:
         size = batch // chunks
         part = slice(index * size, (index + 1) * size)
         kwargs = {
-            name: value if name in self.never_split else _cut(value, batch, part)
+            name: value if name in self.never_split else cut(value, batch, part)
             for name, value in self.kwargs.items()
         }
-        args = tuple(_cut(value, batch, part) for value in self.args)
+        args = tuple(cut(value, batch, part) for value in self.args)
         return Denoise(
             self.module, self.forward, args, kwargs, self.splits, self.never_split, self.index
         )
@@ -141,7 +141,7 @@ class Branches:
     def _batch(self, call: Denoise, known: Any, share_step: bool) -> Any:
         degree, own = self.mesh.size("cfg"), self.mesh.rank("cfg")
         part = call.chunk(own, degree)
-        known_part = None if known is None else _cut(known, call.batch, slice(0, part.batch))
+        known_part = None if known is None else cut(known, call.batch, slice(0, part.batch))
         mine = self._shared(part, known_part) if share_step else self._run(part)
         whole = _map(lambda t: self._gather(t, "cfg", "guidance"), mine)
         if known is None and not self._checked:
@@ -173,7 +173,7 @@ class Branches:
             return self._run(call)
         size = call.batch // chunks
         mine = self._run(call.chunk(own, chunks)) if own < chunks else None
-        template = _cut(known, call.batch, slice(0, size))
+        template = cut(known, call.batch, slice(0, size))
         if chunks == ranks:
             return _map(lambda t: self._gather(t, "step", "exact"), mine)
         parts = []
@@ -227,7 +227,7 @@ def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
-def _cut(value: Any, batch: int, part: slice) -> Any:
+def cut(value: Any, batch: int, part: slice) -> Any:
     """The rows `part` of everything whose dim 0 (or length, for plain lists) is the batch."""
     if isinstance(value, list) and len(value) == batch and not tensors_of(value):
         return value[part]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from stretto.diffusion.adapters import SIDE_NETWORKS, denoisers_of, family_of
+from stretto.diffusion.batched import Meeting
 from stretto.diffusion.guidance import NEVER_SPLIT, Branches, Denoise
 from stretto.diffusion.predict import Predictor
 from stretto.diffusion.randomness import Randomness
@@ -42,12 +43,14 @@ class Attachment:
         denoiser: str | None = None,
         predictor: Predictor | None = None,
         structure: dict | None = None,
+        batched: bool = False,
         debug: bool = False,
     ):
         self.pipe = pipe
         self.plan = plan
         self.mesh = mesh
         self.predictor = predictor
+        self.batched = batched
         self.debug = debug
         self.family = family_of(pipe)
         self.report: Report | None = None
@@ -203,6 +206,7 @@ class Attachment:
             randomness,
             num_timesteps=lambda: getattr(pipe, "_num_timesteps", None),
             predictor=self.predictor,
+            meeting=Meeting(self.mesh) if self.batched else None,
             debug=self.debug,
         )
         run.interrupt_asked = lambda: bool(getattr(pipe, "_interrupt", False))
