@@ -172,11 +172,14 @@ class _Measuring(StepRun):
         window, result = self.window, None
         assert window.state is not None, "the window opened with a snapshot"
         self._check_repeats(window.calls[0].guided)
-        self.port.restore(window.state)
-        self.randomness.restore(window.random)
-        for inside, call in enumerate(window.calls):
-            if inside:
-                call = self._continued(call, result)
+        self._rewind()
+        for inside, seen in enumerate(window.calls):
+            call = self._continued(seen, result) if inside else seen
+            if self._carries:
+                # This one rank walked the guesses itself: `seen` holds the latents it evaluated on.
+                position = window.start + inside
+                carried = self._carried(seen.guided, call.sample, seen.sample, position)
+                call = call.replaced(model_output=carried)
             result = self.port.real(call)
             self._compare(window.start, inside + 1, sample_of(result))
             self._remember(window.start + inside, self._record.guided[window.start + inside])
@@ -192,8 +195,6 @@ class _Measuring(StepRun):
         after = self.position + 1
         if after < self._record.num_steps:
             self.port.restore(self._record.states[after])
-            # Restoring hands the tensors over; the next pass needs them untouched.
-            self._record.states[after] = self.port.snapshot()
             self.randomness.restore(self._record.random[after])
         return self._record.results[self.position]
 
