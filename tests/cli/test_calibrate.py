@@ -6,7 +6,7 @@ import pytest
 from cyclopts import App, Parameter
 
 from stretto.cli.app import main
-from stretto.cli.calibrate import calibrate
+from stretto.cli.calibrate import _spread, calibrate
 from stretto.diffusion.calibration import read_calibration
 from stretto.errors import ConfigError, UnsupportedPipeline
 from stretto.testing import models
@@ -80,3 +80,9 @@ def test_what_to_show_must_fit_the_pipeline(tmp_path, monkeypatch):
         run("sd", *SMALL[1:], *out)
     with pytest.raises(UnsupportedPipeline, match="cannot be called with --classes"):
         run("sd", *SMALL[1:], "--classes", 1, *out)
+
+
+def test_default_classes_cover_the_model():
+    assert _spread(10, 4, 4) == [0, 2, 5, 7, 1, 3, 6, 8]
+    assert _spread(1000, 2, 1) == [0, 500, 500]
+    assert _spread(1, 2, 2) == [0, 0, 0, 0]

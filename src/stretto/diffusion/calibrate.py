@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from statistics import fmean
 from typing import Any
@@ -39,7 +39,7 @@ from stretto.search import windows as search
 
 Say = Callable[[str], None]
 
-#: Candidates that the first held-out call leaves for the others; all would double the time.
+#: Candidates that half of the held-out calls leave for the others; all would cost a third more.
 _NUM_FINALISTS = 3
 
 
@@ -59,7 +59,7 @@ def calibrate(
     call of `holdout` should repeat one of `calls`. `depths` default to that of `Parastep()` and
     its two neighbours. PSNR is over the pipeline's output as the calls ask for it, range 1 for
     pictures in [0, 1]. Costs about 1 + 2 degree sequential runs per call; per depth about 11 on the
-    first held-out call and 6 on each other one. `say` is told what is under way.
+    first half of the held-out calls and 6 on the others. `say` is told what is under way.
     Raises PlanMismatch for a degree or depth that does not fit, ConfigError for calls of unequal
     steps, UnsupportedPipeline for pipelines in the leader walk and calls that do not repeat.
     """
@@ -149,7 +149,10 @@ def _measure(
 
 @dataclass
 class _Bench:
-    """Held-out calls with their sequential results, and how close a plan comes to them."""
+    """Held-out calls with their sequential results, and how close a plan comes to them.
+
+    `kept`: results of the first calls under a plan, so that finalists are not run twice on them.
+    """
 
     pipe: Any
     calls: Sequence[Call]
@@ -157,6 +160,7 @@ class _Bench:
     denoiser: str | None
     references: list[Tensor]
     data_range: float
+    kept: dict[Plan, list[Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, pipe: Any, calls: Sequence[Call], degree: int, denoiser: str | None) -> _Bench:
@@ -171,10 +175,11 @@ class _Bench:
     ) -> float:
         """PSNR over the first `num_calls` held-out calls, pooled; inf where nothing differs."""
         plan = Plan(step=Steps(degree=self.degree, windows=windows, predictor=predictor))
+        kept = self.kept.setdefault(plan, [])
         calls, references = self.calls[:num_calls], self.references[:num_calls]
         with emulate(self.pipe, plan, denoiser=self.denoiser):
-            results = [tensor_of(self.pipe(**fresh(call))) for call in calls]
-        joined = torch.cat(results), torch.cat(references)
+            kept += [tensor_of(self.pipe(**fresh(call))) for call in calls[len(kept) :]]
+        joined = torch.cat(kept[: len(calls)]), torch.cat(references)
         return psnr(*joined, data_range=self.data_range).mean
 
     def candidate_db(self, candidate: Candidate, num_calls: int | None = None) -> float:
@@ -190,6 +195,7 @@ def _best_entry(planner: _Planner, bench: _Bench, depth: int) -> Entry:
         reached = bench.candidate_db(finalist)
         if reached > verified_db:
             best, verified_db = finalist, reached
+    bench.kept.clear()
     warmup = _warmup_for(depth, len(planner.noise) - 1, planner.degree)
     return Entry(
         depth=depth,
@@ -204,10 +210,9 @@ def _best_entry(planner: _Planner, bench: _Bench, depth: int) -> Entry:
 
 
 def _finalists(bench: _Bench, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those to run on every held-out call: the best on the first one."""
-    if len(bench.calls) == 1:
-        return list(candidates)
-    ranked = sorted(candidates, key=lambda c: bench.candidate_db(c, 1), reverse=True)
+    """Those to run on every held-out call: the best on the first half of them."""
+    half = (len(bench.calls) + 1) // 2
+    ranked = sorted(candidates, key=lambda c: bench.candidate_db(c, half), reverse=True)
     return ranked[:_NUM_FINALISTS]
 
 
