@@ -3,6 +3,8 @@
 from stretto.cli.app import COMMANDS, build
 
 SURFACE = {
+    "bench exactness": {"--json", "--only", "--out", "--ranks", "-o"},
+    "bench steps": {"--json", "--out", "--quick", "--repeats", "-o"},
     "doctor": {"--json"},
     "explain": {
         "--cluster",

@@ -17,6 +17,10 @@ from stretto.errors import StrettoError
 #: name -> (where it lives, its line in `stretto --help`). A line stands here, and not in the
 #: command's docstring, so that help imports no command and so no torch.
 COMMANDS = {
+    "bench": (
+        "stretto.cli.bench:app",
+        "Measure: exactness of every pipeline, speed and fidelity of ranks.",
+    ),
     "doctor": ("stretto.cli.doctor:doctor", "What works on this machine, and what to install."),
     "explain": ("stretto.cli.explain:explain", "Time, bytes and limits of a plan."),
     "generate": (

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from stretto.diffusion.adapters import denoisers_of
 from stretto.diffusion.api import emulate, parallelized
 from stretto.diffusion.report import Report
+from stretto.errors import UnsupportedPipeline
 from stretto.mesh.local import LocalWorld
 from stretto.plan.model import Plan
 from stretto.plan.options import Steps, StepsCase
@@ -117,21 +119,42 @@ def declared(report: Report, rank: int, *, raw_bytes: int = 0, chunks: int = 1) 
     )
 
 
+def emulated(case: Case, plan: Plan) -> tuple[Tensor, list[Report]]:
+    """The second call under emulation, as `on_ranks` returns it, and the report of every rank."""
+    pipe = case.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    with emulate(pipe, plan) as run:
+        case.call(pipe)
+        return case.call(pipe), list(run.reports)
+
+
 def on_ranks(mesh, names: Sequence[str], plan: Plan) -> dict[str, dict]:
-    """Body for run_ranks: each named case under the plan; outputs and what was counted."""
+    """Body for run_ranks: each named case under the plan; outputs and what was counted.
+
+    `counted`: forward passes of the second call, seen from outside the hooks. A case that the
+    library does not support has only `refused`, the reason.
+    """
     from stretto.testing import models
 
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in names:
         case = models.CASES.get(name) or models.OTHERS[name]
         pipe = case.pipeline()
         pipe.set_progress_bar_config(disable=True)
-        with parallelized(pipe, plan, mesh=mesh, debug=True) as attached:
-            case.call(pipe)
-            output = case.call(pipe)
+        try:
+            with parallelized(pipe, plan, mesh=mesh, debug=True) as attached:
+                case.call(pipe)
+                with counted(pipe) as seen:
+                    output = case.call(pipe)
+        except UnsupportedPipeline as error:
+            # Every rank refuses alike, before it waits for another.
+            found[name] = {"refused": str(error)}
+            continue
         report = attached.report
+        assert report is not None
         found[name] = {
             "output": output,
+            "counted": sum(seen.values()),
             "evaluations": report.evaluations,
             "structure_calls": report.structure_calls,
             "sizes": report.sizes,

@@ -1,0 +1,126 @@
+"""`stretto bench`: measurements behind the figures, each one table and one result file."""
+
+from __future__ import annotations
+
+import contextlib
+import json as jsonlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter, validators
+
+app = App(name="bench", help="Measure: exactness of every pipeline, speed and fidelity of ranks.")
+
+_Out = Annotated[Path, Parameter(name=("--out", "-o"))]
+
+
+@app.command(name="exactness")
+def bench_exactness(
+    *,
+    only: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    ranks: Annotated[int, Parameter(validator=validators.Number(gte=2, lte=8))] = 3,
+    out: _Out = Path("exactness.json"),
+    json: bool = False,
+) -> int:
+    """Check every pipeline and scheduler known here against itself, bit for bit.
+
+    Takes about three minutes on two cores. Exit code 1 if a case is neither exact nor refused.
+
+    Parameters
+    ----------
+    only
+        Names of cases, all by default.
+    ranks
+        Processes that share the steps.
+    out
+        Where the result is written.
+    json
+        Print the result as JSON.
+    """
+    from stretto.bench import exactness
+
+    with _measuring(out, json) as say:
+        result = exactness.run(only or (), ranks=ranks, say=say)
+    _finish(result, out, json)
+    return 1 if result["summary"]["wrong"] else 0
+
+
+@app.command(name="steps")
+def bench_steps(
+    *,
+    repeats: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 5,
+    quick: bool = False,
+    out: _Out = Path("steps.json"),
+    json: bool = False,
+) -> int:
+    """Measure steps in parallel on the shipped models: two ranks' speed, fidelity at equal depth.
+
+    Takes about ten minutes on two idle cores.
+
+    Parameters
+    ----------
+    repeats
+        Interleaved rounds of the timed methods.
+    quick
+        A few steps of one picture: shows that everything runs, measures nothing worth quoting.
+    out
+        Where the result is written.
+    json
+        Print the result as JSON.
+    """
+    from stretto.bench import steps
+
+    size = steps.QUICK if quick else steps.FULL
+    with _measuring(out, json) as say:
+        result = steps.run(size, repeats=repeats, say=say)
+    _finish(result, out, json)
+    return 0
+
+
+@contextlib.contextmanager
+def _measuring(out: Path, quiet: bool) -> Iterator[Any]:
+    """Progress on the terminal; a file that cannot be written is refused first."""
+    from rich.console import Console
+
+    from stretto.bench.result import check_writable
+
+    check_writable(out)
+    with _quiet_libraries(), Console(stderr=True, quiet=quiet).status("starting") as status:
+
+        def say(stage: str, done: int = 0, total: int = 0) -> None:
+            far = f" ({done} of {total})" if total else ""
+            status.update(f"{stage}{far}")
+
+        yield say
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Tiny random models give diffusers and transformers much to remark; ranks inherit this."""
+    quiet = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
+    quiet["DIFFUSERS_VERBOSITY"] = "error"
+    before = dict(os.environ)
+    os.environ.update(quiet)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name in quiet:
+            os.environ.pop(name)
+        os.environ.update({name: before[name] for name in quiet if name in before})
+
+
+def _finish(result: dict[str, Any], out: Path, json: bool) -> None:
+    from stretto.bench.result import write
+    from stretto.cli.bench_table import show
+    from stretto.diffusion.output import finite
+
+    write(out, result)
+    if json:
+        print(jsonlib.dumps(finite(result), indent=2, allow_nan=False))
+    else:
+        show(result, out)

@@ -1,0 +1,84 @@
+"""`stretto bench`: tables, files, exit codes."""
+
+import json
+
+import pytest
+
+from stretto.bench import exactness, speed, steps
+from stretto.cli.app import main
+from tests.bench.test_steps import laps_of
+
+
+def document(**fields):
+    base = {"load": {"before": 0.1, "after": 0.2}, "busy": False, "cores": 2, "device": "a device"}
+    return base | fields
+
+
+def exactness_result(**changes):
+    row = exactness.Row(case="sd15-ddim", pipeline="StableDiffusionPipeline", scheduler="DDIM")
+    row.degree_one, row.restored, row.perfect = True, True, {2: True, 3: True, 4: True}
+    for name, value in changes.items():
+        setattr(row, name, value)
+    counts = {kind: int(row.verdict == kind) for kind in ("exact", "refused", "wrong")}
+    summary = {"cases": 1} | counts
+    return document(case="exactness", ranks=3, rows=[row.as_dict()], summary=summary)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({}, 0, "1 cases: 1 exact, 0 refused, 0 wrong"),
+        ({"refused": "it edits latents"}, 0, "sd15-ddim refused: it edits latents"),
+        ({"wrong": ["bytes counted are not those declared"]}, 1, "sd15-ddim wrong: bytes counted"),
+    ],
+    ids=["exact", "refused", "wrong"],
+)
+def test_exactness_table_and_exit_code(changes, code, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(exactness, "run", lambda *args, **options: exactness_result(**changes))
+    out = tmp_path / "e.json"
+    assert main(["bench", "exactness", "--out", str(out)]) == code
+    assert json.loads(out.read_text())["summary"]["wrong"] == code
+    printed = capsys.readouterr().out
+    assert words in printed
+    assert f"written: {out}" in printed
+
+
+def test_exactness_refuses_before_it_measures(tmp_path, capsys):
+    assert main(["bench", "exactness", "--out", str(tmp_path)]) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert main(["bench", "exactness", "--only", "sd16", "--out", str(tmp_path / "e.json")]) == 2
+    assert "no case 'sd16' among" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_tables(tmp_path, capsys, monkeypatch):
+    timed = speed.rows(steps.QUICK.race, [laps_of(0, 12.0), laps_of(1, 12.0)], half=0.6)
+    drawn = [
+        {
+            "part": "fidelity",
+            "model": "dit",
+            "who": who,
+            "degree": 4,
+            "steps": 6,
+            "images": 2,
+            "depth": 3,
+            "psnr_db": db,
+            "psnr_worst_item_db": db - 2,
+            "relative_l2": 0.1,
+        }
+        for who, db in (("parastep", 20.5), ("tail", 30.5), ("calibrated", 34.5))
+    ]
+    drawn.append(drawn[0] | {"who": "fewer steps", "psnr_db": 25.5})
+    seconds = {"median": 0.25, "low": 0.2, "high": 0.3}
+    facts = {"denoiser_seconds": seconds, "half_batch_cost": 0.6}
+    monkeypatch.setattr(speed, "measure", lambda race, on_note: (timed, facts))
+    monkeypatch.setattr(steps.fidelity, "measure", lambda setting, on_note: (drawn, {"dit": 130.0}))
+    out = tmp_path / "s.json"
+    assert main(["bench", "steps", "--quick", "--repeats", "1", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for words in ("step2 tail", "1.85x", "34.5 dB", "half a batch 0.60", f"written: {out}"):
+        assert words in printed
+    summary = json.loads(out.read_text())["summary"]
+    assert summary["psnr_tail_db"] == {"dit": {"p4": 30.5}}
+    assert summary["margin_calibrated_over_parastep_db"] == {"dit": {"p4": 14.0}}
+    assert {"speedup_2ranks", "ceiling_2ranks", "bytes_per_rank"} <= summary.keys()
