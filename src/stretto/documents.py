@@ -26,8 +26,13 @@ class Document:
     lines: dict[Place, int]
 
 
-def read(path: str | os.PathLike[str], schema: str) -> Document:
-    """A document whose first key is `stretto: <schema>`. Raises ConfigError."""
+def read(
+    path: str | os.PathLike[str], schema: str, *, mismatch: type[ConfigError] = ConfigError
+) -> Document:
+    """A document whose first key is `stretto: <schema>`.
+
+    Raises ConfigError (no file, no YAML), `mismatch` for a file of another noun or version.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
         fields, root = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
@@ -37,7 +42,7 @@ def read(path: str | os.PathLike[str], schema: str) -> Document:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     seen = fields.get("stretto") if isinstance(fields, dict) else None
     if seen != schema:
-        raise ConfigError(
+        raise mismatch(
             f"{path} starts with `stretto: {seen}`, needed is `stretto: {schema}`\n"
             "  why: the first key says which noun and which version of it a file holds"
         )
@@ -60,7 +65,11 @@ def make(noun: type[Noun], fields: dict[str, Any]) -> Noun:
 
 def write(noun: BaseModel, path: str | os.PathLike[str], schema: str) -> None:
     """Write a noun aside, then rename it into place. Raises ConfigError."""
-    fields = noun.model_dump(mode="json", exclude_none=True)
+    write_fields(noun.model_dump(mode="json", exclude_none=True), path, schema)
+
+
+def write_fields(fields: dict[str, Any], path: str | os.PathLike[str], schema: str) -> None:
+    """Write plain fields aside, then rename them into place. Raises ConfigError."""
     target = Path(path)
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:

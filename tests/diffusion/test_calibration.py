@@ -205,7 +205,10 @@ def test_another_noise_grid_is_refused_with_the_step_where_it_differs_most(pipe,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"stretto": "calibration/9"}, "schema 'calibration/9', needed is 'calibration/1'"),
+        (
+            {"stretto": "calibration/9"},
+            "`stretto: calibration/9`, needed is `stretto: calibration/1`",
+        ),
         ({"extra": 1}, "extra: Extra inputs are not permitted"),
         ({"degree": None}, "degree: Input should be a valid integer"),
         ({"steps": 9}, "9 steps, but 9 noise fractions"),

@@ -10,6 +10,8 @@ from stretto import axes
 from stretto.errors import PlanMismatch
 from stretto.plan.options import Guidance, Steps
 
+Place = tuple[str | int, ...]
+
 
 def _option(kind: type) -> BeforeValidator:
     """An integer stands for an option of that degree."""
@@ -69,25 +71,47 @@ class Plan(BaseModel):
 
 def _complaints(error: ValidationError, fields: dict) -> list[str]:
     """One sentence per wrong field; of a union only the branch whose kind was asked for."""
-    asked = _kinds(fields)
-    lines, known = [], []
-    for item in error.errors(include_url=False):
-        branch = [part for part in item["loc"] if isinstance(part, str) and part[:1].isupper()]
-        where = ".".join(str(part) for part in item["loc"] if part not in branch)
-        if item["type"] == "literal_error" and branch:
-            known.append(item["ctx"]["expected"])
-        elif not branch or not asked or branch[0].lower() in asked:
-            lines.append(f"{where or 'plan'}: {_reason(item)}")
-    return lines or [f"kind {', '.join(sorted(asked))!r} is unknown; known are {', '.join(known)}"]
+    items = [(*_parted(item["loc"]), item) for item in error.errors(include_url=False)]
+    unions: dict[Place, list[str]] = {}
+    for place, kind, _, _ in items:
+        if kind and kind not in unions.setdefault(place, []):
+            unions[place].append(kind)
+    lines = []
+    for place, kinds in unions.items():
+        value = _value_at(fields, place)
+        asked = _kind_of(value)
+        if asked not in kinds:
+            seen = f"kind {asked!r} is unknown" if asked else f"no kind in {value!r}"
+            lines.append(f"{_path(place)}: {seen}; known are {', '.join(kinds)}")
+    for place, kind, rest, item in items:
+        if kind is None or kind == _kind_of(_value_at(fields, place)):
+            lines.append(f"{_path((*place, *rest)) or 'plan'}: {_reason(item)}")
+    return lines
+
+
+def _parted(place: Place) -> tuple[Place, str | None, Place]:
+    """A place up to a union, the kind of the branch that pydantic tried there, and the rest."""
+    for index, part in enumerate(place):
+        if isinstance(part, str) and part[:1].isupper():
+            return place[:index], part.lower(), place[index + 1 :]
+    return place, None, ()
+
+
+def _value_at(fields: Any, place: Place) -> Any:
+    for part in place:
+        fields = fields.get(part) if isinstance(fields, dict) else None
+    return fields
+
+
+def _kind_of(value: Any) -> str | None:
+    kind = value.get("kind") if isinstance(value, dict) else None
+    return None if kind is None else str(kind)
+
+
+def _path(place: Place) -> str:
+    return ".".join(map(str, place))
 
 
 def _reason(item: Any) -> str:
     cause = item.get("ctx", {}).get("error")
     return str(cause) if cause else f"{item['msg']} (got {item['input']!r})"
-
-
-def _kinds(fields: object) -> set[str]:
-    if not isinstance(fields, dict):
-        return set()
-    kinds = {str(fields["kind"])} if "kind" in fields else set()
-    return kinds.union(*(_kinds(value) for value in fields.values()))
