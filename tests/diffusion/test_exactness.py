@@ -18,6 +18,7 @@ from stretto.testing.exactness import (
     DEGREES,
     Oracle,
     counted,
+    emulated,
     on_ranks,
     oracle_is_exact,
     reference,
@@ -103,13 +104,9 @@ def test_ranks_equal_the_emulation(label):
     outcomes = run_ranks(on_ranks, plan.sizes, names, plan, timeout_s=500)
     wrong = []
     for name in names:
-        case = ALL[name]
-        pipe = case.pipeline()
-        with emulate(pipe, plan) as run:
-            case.call(pipe)
-            output = case.call(pipe)
+        output, reports = emulated(ALL[name], plan)
         for rank, outcome in enumerate(outcomes):
-            mine, virtual = outcome[name], run.reports[rank]
+            mine, virtual = outcome[name], reports[rank]
             if not torch.equal(mine["output"], output):
                 wrong.append(f"{name} rank {rank}: output")
             if mine["evaluations"] != virtual.evaluations or mine["structure_calls"]:
