@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import stretto
 from stretto.cluster import detect
 from stretto.diffusion.output import write_result
+from stretto.diffusion.provenance import load_now, provenance
 from stretto.errors import ConfigError
 
 
@@ -28,12 +22,8 @@ def begin(case: str, device: str, **more: Any) -> dict[str, Any]:
         "case": case,
         "basis": "measured",
         "device": device,
-        "command": shlex.join(["stretto", *sys.argv[1:]]),
-        "commit": _commit(),
-        "versions": _versions(),
-        "date": time.strftime("%Y-%m-%d"),
-        "cores": detect.usable_cores(),
-        "load": {"before": load()},
+        **provenance(),
+        "load": {"before": load_now()},
         **more,
         "rows": [],
         "summary": {},
@@ -42,7 +32,7 @@ def begin(case: str, device: str, **more: Any) -> dict[str, Any]:
 
 def end(result: dict[str, Any]) -> None:
     """Record the load at the end, and whether other work kept the cores busy at the start."""
-    result["load"]["after"] = load()
+    result["load"]["after"] = load_now()
     result["busy"] = result["load"]["before"] > result["cores"] / 2
 
 
@@ -67,11 +57,6 @@ def check_writable(file: Path) -> None:
         raise ConfigError(f"cannot write {file}: give --out a file in a folder of yours")
 
 
-def load() -> float:
-    """Load average of the last minute."""
-    return round(os.getloadavg()[0], 2)
-
-
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and extremes, in the unit the values have."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
@@ -81,19 +66,3 @@ def cpu_name() -> str:
     """The processor and its number of cores."""
     own = detect.cpu()
     return f"{own.name}, {own.count} cores"
-
-
-def _commit() -> str | None:
-    """The commit of the tree this package is run from, None for an installed one."""
-    asked = ["git", "-C", str(Path(stretto.__file__).parent), "log", "-1", "--format=%h", "--", "."]
-    with contextlib.suppress(OSError):
-        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    return None
-
-
-def _versions() -> dict[str, str]:
-    found = {"stretto": stretto.__version__, "python": platform.python_version()}
-    for name in ("torch", "diffusers", "transformers"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found

@@ -1,0 +1,217 @@
+"""What `stretto generate` is asked for: its options in groups, and the plan and call they mean."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter, validators
+
+from stretto.errors import ConfigError, PlanMismatch
+from stretto.plan.io import read_plan
+from stretto.plan.model import Plan
+from stretto.plan.options import (
+    PREDICTORS,
+    Adaptive,
+    Calibrated,
+    Fixed,
+    Guidance,
+    Parastep,
+    Steps,
+    Tail,
+    Windows,
+)
+
+SCHEDULES = {"tail": Tail, "parastep": Parastep, "fixed": Fixed, "adaptive": Adaptive}
+
+_Degree = Annotated[int | None, Parameter(validator=validators.Number(gte=1))]
+_Positive = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+_Seconds = Annotated[float, Parameter(validator=validators.Number(gt=0))]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How the work is split over ranks.
+
+    Parameters
+    ----------
+    ranks
+        Processes to start; by default what the plan asks for, else 1.
+    step
+        Ranks that share the denoising steps (approximate, error reported).
+    cfg
+        Ranks that share the two branches of guidance (exact). Neither --step nor --cfg: two ranks
+        for cfg where guidance is on and the ranks are even, the rest for step.
+    windows
+        Where exact steps lie: tail, parastep, fixed, adaptive, or a calibration file.
+    depth
+        Sequential evaluations of the schedule, for tail and calibration files.
+    predictor
+        How predictions in between are guessed: damped, repeat, own, taylor-1, taylor-2, taylor-3.
+    plan
+        A plan file, in place of the five options above.
+    emulate
+        Play all ranks in this process: the same result, not the same time.
+    """
+
+    ranks: _Degree = None
+    step: _Degree = None
+    cfg: _Degree = None
+    windows: str | None = None
+    depth: _Degree = None
+    predictor: str | None = None
+    plan: Path | None = None
+    emulate: bool = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What the pipeline is asked for.
+
+    Parameters
+    ----------
+    steps
+        Denoising steps.
+    guidance_scale
+        Strength of guidance; by default the pipeline's own.
+    seed
+        Seed of the first item; with classes, each item takes the next.
+    prompt
+        Text, for pipelines that take it.
+    classes
+        Classes of the pictures, as in 0,3,9.
+    arguments
+        Another argument of the pipeline, as in height=256; values are JSON or text, and @file
+        stands for a picture or a .npy array. May be given several times.
+    denoiser
+        Component that denoises, where stretto does not recognise it.
+    """
+
+    steps: _Positive = 50
+    guidance_scale: float | None = None
+    seed: int = 0
+    prompt: str | None = None
+    classes: str | None = None
+    arguments: Annotated[tuple[str, ...], Parameter(name="--set", show_default=False)] = ()
+    denoiser: str | None = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """On what, and for how long.
+
+    Parameters
+    ----------
+    dtype
+        float32, bfloat16 or float16.
+    device
+        cpu or cuda; by default a GPU per rank where there is one.
+    timeout
+        Seconds without any progress after which the ranks are given up.
+    threads
+        Threads of each rank; by default 1, or all cores for a single rank.
+    """
+
+    dtype: str = "float32"
+    device: str | None = None
+    timeout: _Seconds = 300.0
+    threads: _Degree = None
+
+
+def plan_of(split: Split) -> Plan | None:
+    """The plan of the options, None where the ranks decide. Raises ConfigError, PlanMismatch."""
+    names = ("step", "cfg", "windows", "depth", "predictor")
+    given = [f"--{name}" for name in names if getattr(split, name) is not None]
+    if split.plan is not None:
+        if given:
+            raise ConfigError(f"--plan {split.plan} already says {', '.join(given)}: give one")
+        return read_plan(split.plan)
+    if split.predictor is not None and split.predictor not in PREDICTORS:
+        raise PlanMismatch(_unknown("predictor", split.predictor, PREDICTORS))
+    windows = _windows(split.windows, split.depth)
+    if split.step is None and split.cfg is None:
+        if given:
+            raise PlanMismatch(f"{', '.join(given)} without --step: give the step ranks it is for")
+        return None
+    predictor = split.predictor or "damped"
+    step = Steps(degree=split.step or 1, windows=windows, predictor=predictor)
+    return Plan(step=step, cfg=Guidance(degree=split.cfg or 1))
+
+
+def _windows(text: str | None, depth: int | None) -> Windows:
+    if text is None or text == "tail":
+        return Tail(depth=depth)
+    if text in SCHEDULES:
+        if depth is not None:
+            raise PlanMismatch(
+                f"--depth {depth} with --windows {text}: its depth follows from its own rule; "
+                "--depth is for tail and calibration files"
+            )
+        return SCHEDULES[text]()
+    if Path(text).is_file():
+        return Calibrated(file=str(Path(text).resolve()), depth=depth)
+    raise PlanMismatch(f"{_unknown('schedule', text, tuple(SCHEDULES))}; and no file has that name")
+
+
+def _unknown(what: str, name: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{what} {name!r} is unknown: there are {', '.join(known)}{hint}"
+
+
+def ranks_of(ranks: int | None, plan: Plan | None) -> int:
+    """Ranks to start, as asked or as the plan needs. Raises PlanMismatch where they differ."""
+    if plan is None:
+        return ranks or 1
+    if ranks is not None and ranks != plan.world_size:
+        step, cfg = plan.step.degree, plan.cfg.degree
+        raise PlanMismatch(
+            f"step {step} x cfg {cfg} = {plan.world_size} ranks, but --ranks is {ranks}\n"
+            "  why: every rank has one place on each axis\n"
+            f"  to fix: --ranks {plan.world_size}, or degrees whose product is {ranks}"
+        )
+    return plan.world_size
+
+
+def check_comparison(compare: bool, ranks: int) -> None:
+    """Raise PlanMismatch for a comparison of one rank."""
+    if compare and ranks < 2:
+        raise PlanMismatch(
+            f"--compare on {ranks} rank: there is nothing to set beside the sequential run\n"
+            "  to fix: --ranks 2 or more (with --emulate they need no cores)"
+        )
+
+
+def call_of(subject: Subject) -> dict[str, Any]:
+    """Arguments of the pipeline call. Raises ConfigError."""
+    call: dict[str, Any] = {}
+    for text in subject.arguments:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"--set {text!r}: give name=value, as in --set height=256")
+        if name in ("output_type", "generator", "num_inference_steps", "return_dict"):
+            raise ConfigError(f"--set {name}: stretto sets it; see --seed, --steps and --out")
+        call[name] = _value(value)
+    if subject.guidance_scale is not None:
+        call["guidance_scale"] = subject.guidance_scale
+    if subject.prompt is not None:
+        call["prompt"] = subject.prompt
+    if subject.classes is not None:
+        try:
+            call["class_labels"] = [int(item) for item in subject.classes.split(",")]
+        except ValueError:
+            raise ConfigError(f"--classes {subject.classes!r}: give integers, as 0,3,9") from None
+    return call
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
