@@ -71,6 +71,7 @@ def test_summary_of_speed_has_the_agreed_keys(rows):
     assert found["speedup_2ranks"] == 12.0 / 6.5
     assert found["bytes_per_rank"] == found["bytes_per_rank_cfg2"] == 1000
     assert found["machine_2ranks"] == 2 * 12.0 / 6.5
+    assert found["of_reachable"] == pytest.approx(found["speedup_2ranks"] / 1.5 / (12.0 / 6.5))
 
 
 def test_summary_of_fidelity_by_model_and_degree():

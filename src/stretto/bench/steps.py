@@ -70,6 +70,7 @@ def speed_summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     `machine_2ranks`: what two ranks reach that have nothing to do with each other, in sequential
     runs per sequential time; below 2 where they share memory or other work takes the cores.
+    `of_reachable`: the speed-up over the ceiling scaled by that.
     """
     rows_of = {(row["who"], row["guidance"]): row for row in rows}
     keys = {
@@ -84,6 +85,8 @@ def speed_summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         found[f"ceiling_2ranks{suffix}"] = row["ceiling"]
         found[f"ceiling_ideal_2ranks{suffix}"] = row["ceiling_ideal"]
         found[f"of_ceiling{suffix}"] = row["of_ceiling"]
+        alone = rows_of["independent runs", row["guidance"]]
+        found[f"of_reachable{suffix}"] = row["of_ceiling"] / alone["speedup"]
         found[f"bytes_per_rank{suffix}"] = max(row["bytes_sent"])
     together = rows_of["independent runs", False]
     threads = rows_of["sequential, 2 threads", False]
