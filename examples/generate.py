@@ -1,7 +1,9 @@
-"""Pictures on several ranks, from Python. The same script runs on one rank.
+"""Pictures on several ranks, from Python. The same script runs on one rank and on many machines.
 
     python examples/generate.py
     torchrun --nproc-per-node 2 examples/generate.py
+    torchrun --nnodes 2 --node-rank 0 --nproc-per-node 4 --rdzv-backend c10d \
+        --rdzv-endpoint FIRST_MACHINE:29500 examples/generate.py
 
 Every rank makes the same call and ends with the same pictures; rank 0 writes them.
 """
@@ -19,8 +21,8 @@ from stretto.diffusion.shipped.load import load
 def main() -> None:
     torch.set_num_threads(1)  # ranks on one machine share its cores
     plan = stretto.Plan(step=int(os.environ.get("WORLD_SIZE", "1")))
-    mesh = stretto.init_mesh(plan, device="cpu")
-    pipe = load()  # or any other diffusers pipeline
+    mesh = stretto.init_mesh(plan)  # a GPU per rank where there is one
+    pipe = load().to(mesh.device)  # or any other diffusers pipeline
     with stretto.parallelized(pipe, plan, mesh=mesh) as run:
         generator = torch.Generator().manual_seed(1)
         steps = int(os.environ.get("STEPS", "50"))
