@@ -66,3 +66,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 def test_make_names_the_noun():
     with pytest.raises(ConfigError, match="Cluster: name: Field required"):
         documents.make(Cluster, {})
+
+
+def test_a_place_that_cannot_be_written_is_refused_and_nothing_is_made(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot write .*it is a folder"):
+        documents.check_writable(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="nothing can be written into"):
+        documents.check_writable(tmp_path / "file" / "r.json")
+    documents.check_writable(tmp_path / "new" / "r.json")
+    assert not (tmp_path / "new").exists()

@@ -82,6 +82,15 @@ def write_fields(fields: dict[str, Any], path: str | os.PathLike[str], schema: s
         raise ConfigError(f"cannot write {target}: {error.strerror}") from None
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise ConfigError before minutes of measuring, not after. Makes nothing."""
+    file = Path(path)
+    folder = next(parent for parent in file.absolute().parents if parent.exists())
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        cause = "it is a folder" if file.is_dir() else f"nothing can be written into {folder}"
+        raise ConfigError(f"cannot write {file}: {cause}; give --out a file in a folder of yours")
+
+
 def _errors(error: ValidationError) -> Sequence[Any]:
     return error.errors(include_url=False)
 

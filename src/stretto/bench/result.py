@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,13 +47,6 @@ def write(file: Path, result: dict[str, Any]) -> None:
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
-
-
-def check_writable(file: Path) -> None:
-    """Raise ConfigError before minutes of measuring, not after."""
-    parent = next(p for p in file.absolute().parents if p.exists())
-    if file.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"cannot write {file}: give --out a file in a folder of yours")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

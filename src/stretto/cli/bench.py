@@ -85,7 +85,7 @@ def _measuring(out: Path, quiet: bool) -> Iterator[Any]:
     """Progress on the terminal; a file that cannot be written is refused first."""
     from rich.console import Console
 
-    from stretto.bench.result import check_writable
+    from stretto.documents import check_writable
 
     check_writable(out)
     with _quiet_libraries(), Console(stderr=True, quiet=quiet).status("starting") as status:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json as jsonlib
-import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from cyclopts import Parameter, validators
 from rich.console import Console
 from rich.table import Table
 
+from stretto import documents
 from stretto.diffusion.calibrate import calibrate as measure
 from stretto.diffusion.calibration import Calibration, Entry, write_calibration
 from stretto.diffusion.folder import open_pipeline
@@ -75,7 +75,7 @@ def calibrate(
     json
         Print one JSON object.
     """
-    _check_writable(out)
+    documents.check_writable(out)
     pipe = open_pipeline(folder)
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
@@ -132,13 +132,6 @@ def _request(subject: dict[str, Any], seed: int, options: dict[str, Any]) -> dic
     given = {name: value for name, value in options.items() if value is not None}
     generator = torch.Generator().manual_seed(seed)
     return {**subject, **given, "generator": generator, "output_type": "np"}
-
-
-def _check_writable(out: Path) -> None:
-    """Refuse before minutes of measuring, not after."""
-    parent = next(p for p in out.absolute().parents if p.exists())
-    if out.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"cannot write {out}: pass --out with a file in a folder of yours")
 
 
 def _show(found: Calibration, out: Path, seconds: float) -> None:

@@ -11,10 +11,10 @@ from typing import Annotated
 import torch
 from cyclopts import Parameter, validators
 
+from stretto import documents
 from stretto.cluster import detect
 from stretto.cluster.model import Cluster, Device, Link, Node
 from stretto.cost.fit import Fit, fit_link
-from stretto.errors import ConfigError
 from stretto.mesh import probe as measuring
 from stretto.mesh.probe import Measured
 from stretto.quantities import short
@@ -48,7 +48,7 @@ def probe(
     load, cores = os.getloadavg()[0], detect.usable_cores()
     if not force:
         measuring.refuse_load(load, cores)
-    _check_writable(out)
+    documents.check_writable(out)
     gpus = detect.gpus()
     count = ranks or (gpus[0].count if gpus else min(cores, MOST_RANKS))
     measured = measuring.probe(count)
@@ -110,13 +110,6 @@ def _best_rates(measured: Measured) -> dict[str, float]:
 
 def _four(value: float) -> float:
     return float(f"{value:.4g}")
-
-
-def _check_writable(out: Path) -> None:
-    """Before half a minute of measuring, not after. Raises ConfigError."""
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    if out.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"cannot write {out}: {'a folder' if out.is_dir() else 'no permission'}")
 
 
 def _lines(measured: Measured, link: Fit | None) -> list[str]:
