@@ -11,14 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_WIDTH = 136
-
 
 def show(result: dict[str, Any], out: Path) -> None:
     """The tables of a result by its case, what stands behind them, and where the file is."""
     console = Console(highlight=False)
-    # A narrower table loses its numbers; a narrower terminal folds it.
-    console.width = max(console.width, _WIDTH)
     lines = (
         _exactness(result, console) if result["case"] == "exactness" else _steps(result, console)
     )
@@ -38,6 +34,16 @@ def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
     return table
+
+
+def _print(console: Console, table: Table) -> None:
+    """A table at its own width: cut columns would lose numbers; a narrower terminal folds lines."""
+    before = console.width
+    console.width = max(console.width, 1000)
+    natural = console.measure(table).maximum
+    console.width = max(natural, before)
+    console.print(table)
+    console.width = before
 
 
 # ---- exactness -------------------------------------------------------------------------------
@@ -65,7 +71,7 @@ def _exactness(result: dict[str, Any], console: Console) -> list[str]:
         style = {"exact": None, "refused": "yellow"}.get(row["verdict"], "bold red")
         named = (row["case"], _short(row["pipeline"], "Pipeline"), _short(row["scheduler"]))
         table.add_row(*named, row["walk"] or "-", *marks, shown, row["verdict"], style=style)
-    console.print(table)
+    _print(console, table)
     summary = result["summary"]
     lines = [
         "p=1: hooks on one rank, bitwise the plain pipeline; p=2, 3, 4: windows with perfect "
@@ -95,8 +101,8 @@ def _short(name: str, ending: str = "Scheduler") -> str:
 
 def _steps(result: dict[str, Any], console: Console) -> list[str]:
     rows = result["rows"]
-    console.print(_speed([row for row in rows if row["part"] == "speed"], result))
-    console.print(_fidelity([row for row in rows if row["part"] == "fidelity"]))
+    _print(console, _speed([row for row in rows if row["part"] == "speed"], result))
+    _print(console, _fidelity([row for row in rows if row["part"] == "fidelity"]))
     seconds, summary = result["denoiser_seconds"], result["summary"]
     return [
         f"denoiser {seconds['median']:.3f} s per evaluation of one thread, half a batch "
