@@ -105,9 +105,13 @@ class TestPackagedWeights:
         with pytest.raises(ConfigError, match=r"'sd3'.*dit, unet"):
             load.load("sd3")
 
-    def test_folder_without_provenance(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"no provenance\.json"):
-            load.load_folder(tmp_path)
+    def test_a_saved_pipeline_opens_without_provenance(self, tmp_path):
+        load("unet").save_pretrained(tmp_path)
+        assert type(load_folder(tmp_path)).__name__ == "ClassUNetPipeline"
+
+    def test_a_folder_that_is_no_pipeline(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"no model_index\.json"):
+            load_folder(tmp_path)
 
 
 class TestPipelines:

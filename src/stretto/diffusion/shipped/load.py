@@ -26,20 +26,42 @@ def load(name: str = "dit", dtype: torch.dtype = torch.float32) -> ClassPipeline
         raise ConfigError(f"no shipped model {name!r}: choose one of {', '.join(PIPELINES)}")
     packaged = resources.files("stretto.diffusion.shipped") / "weights" / name
     with resources.as_file(packaged) as folder:
-        return load_folder(folder, dtype)
+        check(folder)
+        return _open(folder, dtype)
 
 
 def load_folder(folder: Path, dtype: torch.dtype = torch.float32) -> ClassPipeline:
-    """A pipeline that `shipped.train` wrote, after checking its weights.
+    """A pipeline of one of the two classes; weights that `shipped.train` wrote are checked.
 
-    Raises ConfigError when the folder or its provenance is missing, or a checksum differs.
+    A folder that `save_pretrained` wrote has no provenance to hold them against. Raises
+    ConfigError when the folder names no such class, or a checksum differs.
     """
-    provenance = check(folder)
+    if (folder / PROVENANCE).is_file():
+        check(folder)
+    return _open(folder, dtype)
+
+
+def _open(folder: Path, dtype: torch.dtype) -> ClassPipeline:
     # Without a dtype diffusers loads float32, whatever is stored; the name of that argument
     # differs between its versions.
-    pipeline = PIPELINES[provenance["model"]].from_pretrained(folder, local_files_only=True)
+    pipeline = _class_of(folder).from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline if dtype == torch.float32 else pipeline.to(dtype)
+
+
+def _class_of(folder: Path) -> type[ClassPipeline]:
+    """The pipeline class that a folder's model_index.json names. Raises ConfigError."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ConfigError(f"no model_index.json in {folder}: it is no pipeline folder")
+    name = json.loads(index.read_text()).get("_class_name")
+    for known in PIPELINES.values():
+        if known.__name__ == name:
+            return known
+    raise ConfigError(
+        f"{index} names {name}; this loader knows "
+        + ", ".join(known.__name__ for known in PIPELINES.values())
+    )
 
 
 def check(folder: Path) -> dict:
