@@ -106,12 +106,12 @@ class TestPackagedWeights:
             load.load("sd3")
 
     def test_a_saved_pipeline_opens_without_provenance(self, tmp_path):
-        load("unet").save_pretrained(tmp_path)
-        assert type(load_folder(tmp_path)).__name__ == "ClassUNetPipeline"
+        load.load("unet").save_pretrained(tmp_path)
+        assert type(load.load_folder(tmp_path)).__name__ == "ClassUNetPipeline"
 
     def test_a_folder_that_is_no_pipeline(self, tmp_path):
         with pytest.raises(ConfigError, match=r"no model_index\.json"):
-            load_folder(tmp_path)
+            load.load_folder(tmp_path)
 
 
 class TestPipelines:

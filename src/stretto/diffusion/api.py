@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stretto.diffusion.calibration import resolved
 from stretto.diffusion.hooks import Attachment
 from stretto.diffusion.predict import Predictor
+from stretto.diffusion.remembered import Remembered
 from stretto.diffusion.report import Report
 from stretto.errors import PlanMismatch, UnsupportedPipeline
 from stretto.mesh.local import LocalMesh, LocalWorld
@@ -119,7 +121,7 @@ class Emulation:
 
     def __post_init__(self):
         self._plain = type(self.pipe)
-        self._structures: dict[int, dict] = {}
+        self._remembered: dict[int, Remembered] = {}
 
     @property
     def report(self) -> Report:
@@ -128,34 +130,45 @@ class Emulation:
     def call(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """The call on every virtual rank; rank 0's result, and its generators' final states."""
         before = torch.get_rng_state()
-        world = LocalWorld(self.plan.sizes, timeout_s=self.timeout_s)
-        outcomes = world.run(lambda mesh: self._rank(mesh, original, args, kwargs))
+        device = getattr(self.pipe, "device", "cpu")
+        world = LocalWorld(self.plan.sizes, device=device, timeout_s=self.timeout_s)
+        inherited = _modes(torch.device(device).type)
+        try:
+            outcomes = world.run(lambda mesh: self._rank(mesh, inherited, original, args, kwargs))
+        finally:
+            # Asked first: ranks that drew different latents fail for many reasons after that.
+            self._refuse_shared_draws(before)
+        self.results = [result for result, _ in outcomes]
+        self.reports = [report for _, report in outcomes]
+        return self.results[0]
+
+    def _refuse_shared_draws(self, before: Tensor) -> None:
         if not torch.equal(before, torch.get_rng_state()):
             raise UnsupportedPipeline(
                 "this call drew from the default random generator, which virtual ranks share; "
                 "pass generator=torch.Generator().manual_seed(...)"
             )
-        self.results = [result for result, _ in outcomes]
-        self.reports = [report for _, report in outcomes]
-        return self.results[0]
 
-    def _rank(self, mesh: LocalMesh, original: Any, args: tuple, kwargs: dict) -> tuple:
+    def _rank(
+        self, mesh: LocalMesh, inherited: Callable, original: Any, args: tuple, kwargs: dict
+    ) -> tuple:
         pipe = self._clone(mesh.world_rank)
         if mesh.world_rank:
-            args, kwargs = _own_generators(args), _own_generators(kwargs)
+            args, kwargs = _own_generators((args, kwargs), {})
         predictor = self.predictors[mesh.world_rank] if self.predictors else None
-        structure = self._structures.setdefault(mesh.world_rank, {})
+        remembered = self._remembered.setdefault(mesh.world_rank, Remembered())
         attachment = Attachment(
             pipe,
             self.plan,
             mesh,
             denoiser=self.denoiser,
             predictor=predictor,
-            structure=structure,
+            remembered=remembered,
             batched=self.batched,
         ).attach()
         try:
-            return attachment.call(original, *args, **kwargs), attachment.report
+            with inherited():
+                return attachment.call(original, *args, **kwargs), attachment.report
         finally:
             attachment.detach()
 
@@ -172,15 +185,29 @@ class Emulation:
         return clone
 
 
-def _own_generators(value: Any) -> Any:
-    """The same arguments with generators of this virtual rank's own."""
+def _own_generators(value: Any, copies: dict[int, torch.Generator]) -> Any:
+    """The same arguments with generators of this virtual rank's own; one stays one."""
     if isinstance(value, torch.Generator):
-        return value.clone_state()
+        return copies.setdefault(id(value), value.clone_state())
     if isinstance(value, dict):
-        return {key: _own_generators(item) for key, item in value.items()}
+        return {key: _own_generators(item, copies) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_own_generators(item) for item in value)
+        return type(value)(_own_generators(item, copies) for item in value)
     return value
+
+
+def _modes(device: str) -> Callable[[], ExitStack]:
+    """Enters the caller's autocast and gradient modes, which threads do not inherit."""
+    autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    grad = torch.is_grad_enabled()
+
+    def enter() -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(torch.autocast(device, dtype, enabled=autocast))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        return stack
+
+    return enter
 
 
 def _axes(sizes: Any) -> str:

@@ -21,23 +21,44 @@ class Meeting:
 
     def __init__(self, mesh: LocalMesh):
         self._mesh = mesh
-        self._count = 0
+        self._window, self._count = -1, 0
 
-    def evaluate(self, call: Denoise, size: int) -> Any:
+    def evaluate(self, call: Denoise, start: int, size: int) -> Any:
         """This rank's output of `size` calls that were evaluated in one forward pass.
 
         All step ranks below `size` make this call. Equal to separate calls up to the round-off of
-        larger matrices. Raises UnsupportedPipeline for arguments that cannot be joined.
+        larger matrices. Raises UnsupportedPipeline for calls that cannot be joined.
         """
-        self._count += 1
         rank = self._mesh.rank("step")
-        group = (self._mesh.rank("cfg"), self._count)
-        world = self._mesh.world
-        calls = world.exchange(("batched window", "step", "calls", *group), rank, call, size)
+        calls = self._meet("calls", start, size, call)
+        _check_alike(calls, start)
         whole = joined([calls[r] for r in range(size)]).run() if rank == 0 else None
-        found = world.exchange(("batched window", "step", "output", *group), rank, whole, size)
+        found = self._meet("output", start, size, whole)
         rows = call.batch
         return cut(found[0], size * rows, slice(rank * rows, (rank + 1) * rows))
+
+    def leave(self, start: int, size: int) -> None:
+        """After this rank's last call of a window: nobody may still wait for one more."""
+        _check_alike(self._meet("calls", start, size, None), start)
+
+    def _meet(self, what: str, start: int, size: int, value: Any) -> dict:
+        # Counted per window: ranks beyond a short window do not come to its meetings.
+        if start != self._window:
+            self._window, self._count = start, 0
+        self._count += what == "calls"
+        key = ("batched window", "step", what, self._mesh.rank("cfg"), start, self._count)
+        return self._mesh.world.exchange(key, self._mesh.rank("step"), value, size)
+
+
+def _check_alike(calls: dict[int, Denoise | None], start: int) -> None:
+    """All ranks of a window must call the same module with arguments of the same form."""
+    forms = {None if call is None else (call.key, tuple(call.kwargs)) for call in calls.values()}
+    if len(forms) > 1:
+        names = sorted({"no module" if c is None else c.module for c in calls.values()})
+        raise UnsupportedPipeline(
+            f"the {len(calls)} steps from step {start} on make unlike denoiser calls "
+            f"({', '.join(names)}), so they cannot share a forward pass; use batched=False"
+        )
 
 
 def joined(calls: list[Denoise]) -> Denoise:

@@ -14,8 +14,8 @@ from stretto.mesh.mesh import Mesh
 from stretto.plan.options import HEADER_BYTES
 
 _MAGIC = b"STRETTO1"
-#: magic, rank, window start, window size, number of dims, dtype and device names, hash, interrupt.
-_LAYOUT = struct.Struct("<8sIIII16s16s16sB")
+#: magic, rank, window start, window size, number of dims, dtype and device names, hash.
+_LAYOUT = struct.Struct("<8sIIII16s16s16s")
 _MAX_DIMS = 8
 
 
@@ -30,20 +30,15 @@ class Header:
     device: str
     shape: tuple[int, ...]
     digest: bytes
-    interrupted: bool
 
 
-def gather(
-    mesh: Mesh, guided: Tensor | None, like: Tensor, header: Header
-) -> tuple[list[Tensor], list[Header]]:
-    """Guided predictions of all positions of a window, in order, and their headers.
+def gather(mesh: Mesh, guided: Tensor | None, like: Tensor, header: Header) -> list[Tensor]:
+    """Guided predictions of all positions of a window, in order.
 
     `guided` is this rank's own, None where the window has no position for it; `like` has the
     shape and dtype of all. Sends Steps.wire(case) bytes. Raises NonFinite, RanksDisagree.
     """
     own = mesh.rank("step")
-    if guided is not None:
-        check_finite(guided, mesh.world_rank, header.start + own)
     message = _packed(like if guided is None else guided, header)
     if header.size == mesh.size("step"):
         parts = mesh.all_gather(message, "step", "window").wait()
@@ -54,14 +49,18 @@ def gather(
         ]
     headers = [_read_header(part) for part in parts]
     _check(headers, header, own)
-    return [_unpacked(part, like) for part in parts], headers
+    found = [_unpacked(part, like) for part in parts]
+    # Looked at after the exchange, so that all ranks raise and none waits for one that did.
+    for position, prediction in enumerate(found):
+        check_finite(prediction, position, header.start + position)
+    return found
 
 
 def check_finite(guided: Tensor, rank: int, step: int) -> None:
     """Raise NonFinite for a prediction that would poison every rank's latents."""
     if not bool(torch.isfinite(guided).all()):
         raise NonFinite(
-            f"rank {rank}: the prediction of step {step} holds NaN or infinity; "
+            f"step rank {rank}: the prediction of step {step} holds NaN or infinity; "
             "use a wider dtype (bfloat16 or float32) or a smaller guidance scale"
         )
 
@@ -85,7 +84,6 @@ def _packed(guided: Tensor, header: Header) -> Tensor:
         header.dtype.encode(),
         header.device.encode(),
         header.digest,
-        header.interrupted,
     )
     head = (fixed + struct.pack(f"<{_MAX_DIMS}Q", *dims)).ljust(HEADER_BYTES, b"\0")
     head_tensor = torch.frombuffer(bytearray(head), dtype=torch.uint8).to(guided.device)
@@ -94,7 +92,7 @@ def _packed(guided: Tensor, header: Header) -> Tensor:
 
 def _read_header(message: Tensor) -> Header:
     head = message[:HEADER_BYTES].cpu().numpy().tobytes()
-    magic, rank, start, size, ndim, dtype, device, hashed, stop = _LAYOUT.unpack_from(head)
+    magic, rank, start, size, ndim, dtype, device, hashed = _LAYOUT.unpack_from(head)
     if magic != _MAGIC:
         raise RanksDisagree(f"a window message starts with {magic!r}, not {_MAGIC!r}")
     dims = struct.unpack_from(f"<{_MAX_DIMS}Q", head, _LAYOUT.size)[:ndim]
@@ -106,7 +104,6 @@ def _read_header(message: Tensor) -> Header:
         device=device.rstrip(b"\0").decode(),
         shape=tuple(dims),
         digest=hashed,
-        interrupted=bool(stop),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stretto.diffusion.exchange import digest
 from stretto.errors import SplitMismatch
 from stretto.mesh.mesh import Mesh
 from stretto.plan.options import Guidance
@@ -70,23 +71,20 @@ class Denoise:
 class Branches:
     """Evaluates denoiser calls over the cfg axis, and exact steps over the step axis too.
 
-    `checked`: the class is known to be batch independent, so the first call is not verified.
-    `runs` counts forward passes made on this rank.
+    `verified` holds modules whose batch was found independent; others are checked at their first
+    cut, joint against split. `runs` counts forward passes made on this rank.
     """
 
-    def __init__(self, option: Guidance, mesh: Mesh, *, checked: bool = False):
+    def __init__(self, option: Guidance, mesh: Mesh, verified: set[str]):
         self.option = option
         self.mesh = mesh
         self.runs = 0
-        self._checked = checked
+        self._verified = verified
+        self._independent: set[tuple[str, int]] = set()
         self._distributed = False
         self._calls = 0
         self._is_batched = False
         self._steps = 0
-
-    def over(self, mesh: Mesh) -> Branches:
-        """The same decisions on another view of the mesh."""
-        return Branches(self.option, mesh, checked=self._checked)
 
     def evaluate(self, call: Denoise, known: Any, *, share_step: bool) -> Any:
         """The call's true output; on cfg ranks > 0 of whole calls a remembered one may stand in.
@@ -96,7 +94,7 @@ class Branches:
         degree = self.mesh.size("cfg")
         share_step = share_step and known is not None and call.splits
         if degree == 1 or not call.splits:
-            return self._shared(call, known) if share_step else self._run(call)
+            return self._verify(call, self._shared(call, known)) if share_step else self._run(call)
         self._calls = max(self._calls, call.index + 1)
         if self._takes_batch(call):
             self._is_batched = True
@@ -105,12 +103,21 @@ class Branches:
             return self._run(call)
         return self._whole_call(call, known)
 
+    @property
+    def holds_whole_calls(self) -> bool:
+        """Whether ranks > 0 of the group hold placeholders for some calls of this step."""
+        return self.mesh.size("cfg") > 1 and self._calls > 0 and not self._is_batched
+
     def settle(self, guided: Tensor) -> Tensor:
         """The guided prediction of the group: that of its leader, where calls were distributed."""
         if not self._distributed:
             return guided
         self._distributed = False
-        return self.mesh.broadcast(guided.contiguous(), "cfg", 0, "guidance").wait()
+        return self.led(guided)
+
+    def led(self, guided: Tensor) -> Tensor:
+        """The leader's tensor on all ranks of the group."""
+        return self.mesh.broadcast(guided.contiguous().clone(), "cfg", 0, "guidance").wait()
 
     def next_step(self) -> None:
         """After a scheduler step. Raises SplitMismatch when the cfg axis has nothing to do."""
@@ -126,6 +133,13 @@ class Branches:
     def _run(self, call: Denoise) -> Any:
         self.runs += 1
         return call.run()
+
+    def _verify(self, call: Denoise, split: Any) -> Any:
+        """Hold the first cut of a module's batch against the whole. Raises SplitMismatch."""
+        if call.module not in self._verified:
+            check_split(call, split)
+            self._verified.add(call.module)
+        return split
 
     def _takes_batch(self, call: Denoise) -> bool:
         if self.option.split == "calls":
@@ -143,10 +157,8 @@ class Branches:
         part = call.chunk(own, degree)
         known_part = None if known is None else cut(known, call.batch, slice(0, part.batch))
         mine = self._shared(part, known_part) if share_step else self._run(part)
-        whole = _map(lambda t: self._gather(t, "cfg", "guidance"), mine)
-        if known is None and not self._checked:
-            check_split(call, whole)
-        return whole
+        whole = mapped(lambda t: self._gather(t, "cfg", "guidance"), mine)
+        return self._verify(call, whole)
 
     def _gather(self, tensor: Tensor, axis: str, phase: str) -> Tensor:
         return torch.cat(self.mesh.all_gather(tensor.contiguous(), axis, phase).wait())
@@ -155,6 +167,7 @@ class Branches:
         """Call k belongs to cfg rank k mod degree; the leader needs every output."""
         owner, own = call.index % self.mesh.size("cfg"), self.mesh.rank("cfg")
         self._distributed = True
+        self._check_independent(call)
         output = self._run(call) if own == owner else known
         if owner == 0 or own not in (0, owner):
             return output
@@ -163,7 +176,20 @@ class Branches:
             moved = self.mesh.permute(tensor.contiguous(), "cfg", {owner: 0}, "guidance").wait()
             return tensor if moved is None else moved
 
-        return _map(move, output)
+        return mapped(move, output)
+
+    def _check_independent(self, call: Denoise) -> None:
+        """A call whose inputs come from an earlier call of its step cannot run beside it."""
+        what = (call.module, call.index)
+        if what in self._independent:
+            return
+        own = digest(*tensors_of((call.args, call.kwargs)))
+        if len(set(self.mesh.gather_bytes(own, "cfg"))) > 1:
+            raise SplitMismatch(
+                f"{call.module}: call {call.index} of a step depends on the output of an earlier "
+                f"one, so {self.mesh.size('cfg')} ranks cannot make them side by side; use cfg=1"
+            )
+        self._independent.add(what)
 
     def _shared(self, call: Denoise, known: Any) -> Any:
         """An exact step's batch over the step ranks: `chunks_of` of them work, all get all."""
@@ -175,11 +201,11 @@ class Branches:
         mine = self._run(call.chunk(own, chunks)) if own < chunks else None
         template = cut(known, call.batch, slice(0, size))
         if chunks == ranks:
-            return _map(lambda t: self._gather(t, "step", "exact"), mine)
+            return mapped(lambda t: self._gather(t, "step", "exact"), mine)
         parts = []
         for owner in range(chunks):
             piece = mine if own == owner else template
-            parts.append(_map(lambda t, o=owner: self._spread(t, o), piece))
+            parts.append(mapped(lambda t, o=owner: self._spread(t, o), piece))
         return _join(parts)
 
     def _spread(self, tensor: Tensor, owner: int) -> Tensor:
@@ -216,14 +242,15 @@ def tensors_of(value: Any) -> list[Tensor]:
     return []
 
 
-def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same nesting with every tensor changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        fields = {key: _map(change, item) for key, item in value.items()}
+        fields = {key: mapped(change, item) for key, item in value.items()}
         return type(value)(**fields) if type(value) is not dict else fields
     if isinstance(value, (tuple, list)):
-        return type(value)(_map(change, item) for item in value)
+        return type(value)(mapped(change, item) for item in value)
     return value
 
 
@@ -231,10 +258,10 @@ def cut(value: Any, batch: int, part: slice) -> Any:
     """The rows `part` of everything whose dim 0 (or length, for plain lists) is the batch."""
     if isinstance(value, list) and len(value) == batch and not tensors_of(value):
         return value[part]
-    return _map(lambda t: t[part] if t.ndim and t.shape[0] == batch else t, value)
+    return mapped(lambda t: t[part] if t.ndim and t.shape[0] == batch else t, value)
 
 
 def _join(parts: list) -> Any:
     """Outputs of equal form, joined along dim 0 tensor by tensor."""
     leaves = [iter(tensors_of(part)) for part in parts[1:]]
-    return _map(lambda first: torch.cat([first, *(next(rest) for rest in leaves)]), parts[0])
+    return mapped(lambda first: torch.cat([first, *(next(rest) for rest in leaves)]), parts[0])

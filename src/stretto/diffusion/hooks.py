@@ -16,9 +16,10 @@ import torch
 
 from stretto.diffusion.adapters import SIDE_NETWORKS, denoisers_of, family_of
 from stretto.diffusion.batched import Meeting
-from stretto.diffusion.guidance import NEVER_SPLIT, Branches, Denoise
+from stretto.diffusion.guidance import NEVER_SPLIT, Denoise
 from stretto.diffusion.predict import Predictor
 from stretto.diffusion.randomness import Randomness
+from stretto.diffusion.remembered import Remembered
 from stretto.diffusion.report import Report
 from stretto.diffusion.scheduler import SchedulerPort
 from stretto.diffusion.steps import StepRun
@@ -26,6 +27,9 @@ from stretto.errors import HookDisplaced, UnsupportedPipeline
 from stretto.mesh.local import LocalMesh
 from stretto.mesh.mesh import Mesh
 from stretto.plan.model import Plan
+
+#: Marks a wrapper as ours, so that a second attachment to one module is noticed.
+_OURS = "__stretto__"
 
 
 class Attachment:
@@ -42,7 +46,7 @@ class Attachment:
         *,
         denoiser: str | None = None,
         predictor: Predictor | None = None,
-        structure: dict | None = None,
+        remembered: Remembered | None = None,
         batched: bool = False,
         debug: bool = False,
     ):
@@ -55,11 +59,12 @@ class Attachment:
         self.family = family_of(pipe)
         self.report: Report | None = None
         self._run: StepRun | None = None
-        # Outputs by form of call: what a rank hands the pipeline where another one evaluates.
-        self._structure = {} if structure is None else structure
+        self._remembered = remembered or Remembered()
         self._undo: list[Callable[[], None]] = []
         self._in_place: list[Callable[[], bool]] = []
         self._modules = denoisers_of(pipe, denoiser)
+        if self.family.checked:
+            self._remembered.verified.update(self._modules)
         self._refuse()
         self.port = SchedulerPort(pipe.scheduler)
 
@@ -108,6 +113,11 @@ class Attachment:
         compiled = getattr(module, "_compiled_call_impl", None) is not None
         attribute = "_compiled_call_impl" if compiled else "forward"
         original = getattr(module, attribute)
+        if hasattr(vars(module).get(attribute), _OURS):
+            raise UnsupportedPipeline(
+                f"{name} already belongs to a parallelized pipeline; give each pipeline modules of "
+                "its own, or leave the first context before entering the second"
+            )
         splits = name not in SIDE_NETWORKS
         never_split = NEVER_SPLIT | self.family.never_split
 
@@ -117,37 +127,61 @@ class Attachment:
                 return original(*args, **kwargs)
             return self._run.denoise(Denoise(name, original, args, kwargs, splits, never_split))
 
-        self._put(module, attribute, forward, name)
+        setattr(forward, _OURS, True)
+        self._put(module, attribute, forward)
 
     def _wrap_scheduler(self) -> None:
         scheduler = self.pipe.scheduler
         original, regrid = scheduler.step, getattr(scheduler, "set_timesteps", None)
 
-        @functools.wraps(original)
         def step(*args: Any, **kwargs: Any) -> Any:
-            return (
-                original(*args, **kwargs) if self._run is None else self._run.step(*args, **kwargs)
-            )
+            if self._run is None:
+                return original(*args, **kwargs)
+            return self._run.step(*args, **kwargs)
 
-        self._put(scheduler, "step", step, "scheduler")
+        self._put(scheduler, "step", SchedulerHook(scheduler, original, step, self._second))
+        for name, other in self.pipe.components.items():
+            if other is not scheduler and hasattr(other, "set_timesteps"):
+                self._put(other, "step", self._second(name, other.step))
         self._in_place.append(lambda: self.pipe.scheduler is scheduler)
         if regrid is None:
             return
 
-        @functools.wraps(regrid)
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
             if self._run is not None:
                 self._run.reset()
             return regrid(*args, **kwargs)
 
-        self._put(scheduler, "set_timesteps", set_timesteps, "scheduler")
+        hook = SchedulerHook(scheduler, regrid, set_timesteps, lambda name, plain: plain)
+        self._put(scheduler, "set_timesteps", hook)
 
-    def _put(self, owner: Any, attribute: str, wrapper: Callable, name: str) -> None:
+    def _second(self, name: str, plain: Callable) -> Callable:
+        """The step of a further scheduler: its latents would not be replayed, so no windows."""
+
+        @functools.wraps(plain)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if self._run is not None and self.plan.step.degree > 1:
+                raise UnsupportedPipeline(
+                    f"{type(self.pipe).__name__} steps a second scheduler ({name}) beside "
+                    f"pipe.scheduler, which step={self.plan.step.degree} cannot replay; use "
+                    "Plan(cfg=...) alone"
+                )
+            return plain(*args, **kwargs)
+
+        return step
+
+    def _put(self, owner: Any, attribute: str, wrapper: Callable) -> None:
         """Set an instance attribute so that its removal leaves no trace."""
         own = vars(owner)
         had, before = attribute in own, own.get(attribute)
         own[attribute] = wrapper
-        self._undo.append(lambda: own.update({attribute: before}) if had else own.pop(attribute))
+
+        def undo() -> None:
+            # Somebody may have wrapped ours since; without a run ours only passes calls on.
+            if own.get(attribute) is wrapper:
+                own.update({attribute: before}) if had else own.pop(attribute)
+
+        self._undo.append(undo)
         self._in_place.append(lambda: own.get(attribute) is wrapper)
 
     def _guard_call(self) -> None:
@@ -163,7 +197,7 @@ class Attachment:
             def interrupt(self) -> bool:
                 run = attachment._run
                 own = bool(getattr(self, "_interrupt", False))
-                return own if run is None else run.interrupted
+                return own if run is None else run.poll_interrupt()
 
         Guarded.__name__, Guarded.__qualname__ = plain.__name__, plain.__qualname__
         Guarded.__module__ = plain.__module__
@@ -179,6 +213,8 @@ class Attachment:
                 f"{type(self.pipe).__name__}: a hooked method or the scheduler was replaced after "
                 "parallelized() began; set up compile, offload and the scheduler before it"
             )
+        self._refuse()
+        self._remembered.trim()
         arguments = inspect.signature(original).bind(self.pipe, *args, **kwargs).arguments
         randomness = Randomness(_generators(arguments), own_only=isinstance(self.mesh, LocalMesh))
         randomness.adopt(self.mesh)
@@ -197,20 +233,51 @@ class Attachment:
         pipe = self.pipe
         if hasattr(pipe, "_num_timesteps"):
             pipe._num_timesteps = None
-        run = self.run_type(
+        return self.run_type(
             self.plan,
             self.mesh,
             self.port,
-            Branches(self.plan.cfg, self.mesh, checked=self.family.checked),
-            self._structure,
+            self._remembered,
             randomness,
-            num_timesteps=lambda: getattr(pipe, "_num_timesteps", None),
+            says=PipelineSays(pipe),
             predictor=self.predictor,
             meeting=Meeting(self.mesh) if self.batched else None,
             debug=self.debug,
         )
-        run.interrupt_asked = lambda: bool(getattr(pipe, "_interrupt", False))
-        return run
+
+
+class SchedulerHook:
+    """A hooked scheduler method. A deep copy of the scheduler gets a method of its own back.
+
+    `stand_in(name, plain)` makes the copy's method from its plain one.
+    """
+
+    def __init__(self, owner: Any, plain: Callable, hooked: Callable, stand_in: Callable):
+        self._owner = owner
+        self._hooked = hooked
+        self._stand_in = stand_in
+        self._name = plain.__name__
+        functools.update_wrapper(self, plain)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._hooked(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> Callable:
+        copied = memo[id(self._owner)]
+        return self._stand_in("a copy", getattr(type(copied), self._name).__get__(copied))
+
+
+class PipelineSays:
+    """What a diffusers pipeline keeps about a call on itself."""
+
+    def __init__(self, pipe: Any):
+        self._pipe = pipe
+
+    def num_timesteps(self) -> int | None:
+        return getattr(self._pipe, "_num_timesteps", None)
+
+    def interrupt(self) -> bool:
+        return bool(getattr(self._pipe, "_interrupt", False))
 
 
 def _generators(arguments: dict[str, Any]) -> list[torch.Generator]:

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,13 +25,28 @@ from stretto.diffusion.exchange import Header
 from stretto.diffusion.guidance import Branches, Denoise, tensors_of
 from stretto.diffusion.predict import Predictor, make_predictor
 from stretto.diffusion.randomness import Randomness
+from stretto.diffusion.remembered import Remembered
 from stretto.diffusion.report import Report, WindowRecord
 from stretto.diffusion.scheduler import SchedulerPort, StepCall, extras_of, sample_of
 from stretto.diffusion.windows import Schedule
-from stretto.errors import IncompleteWindow, LatentsEdited, RanksDisagree, UnsupportedPipeline
+from stretto.errors import (
+    IncompleteWindow,
+    LatentsEdited,
+    PlanMismatch,
+    RanksDisagree,
+    UnsupportedPipeline,
+)
 from stretto.mesh.count import CountingMesh
 from stretto.mesh.mesh import Mesh
 from stretto.plan.model import Plan
+from stretto.plan.options import Adaptive
+
+
+class Says(Protocol):
+    """What the pipeline itself says of a call under way."""
+
+    def num_timesteps(self) -> int | None: ...
+    def interrupt(self) -> bool: ...
 
 
 @dataclass
@@ -57,11 +72,10 @@ class StepRun:
         plan: Plan,
         mesh: Mesh,
         port: SchedulerPort,
-        branches: Branches,
-        structure: dict,
+        remembered: Remembered,
         randomness: Randomness,
         *,
-        num_timesteps: Callable[[], int | None] = lambda: None,
+        says: Says,
         predictor: Predictor | None = None,
         meeting: Meeting | None = None,
         debug: bool = False,
@@ -69,14 +83,13 @@ class StepRun:
         self.plan = plan
         self.mesh = CountingMesh(mesh)
         self.port = port
-        self.branches = branches.over(self.mesh)
-        self.structure = structure
+        self.branches = Branches(plan.cfg, self.mesh, remembered.verified)
+        self.remembered = remembered
         self.randomness = randomness
         self.debug = debug
         self.rank = mesh.rank("step")
         self.interrupted = False
-        self.interrupt_asked: Callable[[], bool] = lambda: False
-        self._num_timesteps = num_timesteps
+        self._says = says
         self._predictor = predictor
         self._meeting = meeting
         self._begin()
@@ -90,7 +103,10 @@ class StepRun:
         self.schedule: Schedule | None = None
         self.noise: list[float] = []
         self.walk = self.plan.step.walk
-        self.position = 0
+        if self.walk == "leader":
+            self.report.walk = self.walk
+            self._refuse_adaptive_leader()
+        self.position = self._polled = 0
         self.window = Window(0, 0, 1)
         self._call_counts: Counter[str] = Counter()
         self._recent: list[Tensor] = []
@@ -113,9 +129,23 @@ class StepRun:
         call.index = self._call_counts[call.module]
         self._call_counts[call.module] += 1
         key = call.key
-        if self._evaluates or key not in self.structure:
-            self.structure[key] = self._evaluate(call, self.structure.get(key))
-        return self.structure[key]
+        known = self.remembered.get(key)
+        if self._evaluates or known is None:
+            output = self._evaluate(call, known)
+            self.remembered.put(key, output)
+            return output
+        return known
+
+    def poll_interrupt(self) -> bool:
+        """Whether rank 0 asked to stop; ranks agree once per position, never inside a window."""
+        if self.mesh.world_size == 1:
+            self.interrupted = self._says.interrupt()
+        elif not self.provisional and self._polled < self.position:
+            self._polled = self.position
+            flag = torch.tensor([self._says.interrupt()], dtype=torch.uint8)
+            told = self.mesh.broadcast(flag, None, 0, "control").wait()
+            self.interrupted = self.interrupted or bool(told)
+        return self.interrupted
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """A scheduler step: true now, or when its window closes."""
@@ -130,6 +160,7 @@ class StepRun:
     def finish(self) -> Report:
         """The pipeline returned: close the report. Raises IncompleteWindow."""
         self._refuse_open_window("the pipeline ended")
+        self.report.num_steps = self.position
         self.report.close(self.mesh)
         return self.report
 
@@ -158,7 +189,7 @@ class StepRun:
         """A true output: of this rank alone, of the ranks that share it, or of a joint batch."""
         if self._meeting and self._evaluates and self.window.size > 1:
             self.report.count(1, planned=True)
-            return self._meeting.evaluate(call, self.window.size)
+            return self._meeting.evaluate(call, self.window.start, self.window.size)
         shared = self._is_planned and self.window.size == 1 and self._shares_exact_steps
         before = self.branches.runs
         output = self.branches.evaluate(call, known, share_step=shared)
@@ -179,6 +210,8 @@ class StepRun:
             self.window.state = self.port.snapshot()
             self.window.random = self.randomness.snapshot()
         if inside == self.rank:
+            if self._meeting:
+                self._meeting.leave(self.window.start, self.window.size)
             call = call.replaced(model_output=self.branches.settle(call.guided))
             self.window.guided, self.window.guess = call.guided, call.sample
         self.window.calls.append(call)
@@ -193,7 +226,10 @@ class StepRun:
         """Walk with guesses up to this rank's own position, then stand still."""
         if inside >= self.rank or self.rank >= self.window.size:
             return self.port.unmoved(call)
-        guess = self.predictor.guess(self.noise[self.position], inside + 1, own_output=call.guided)
+        own = call.guided
+        if self.predictor.needs_own_output and self.branches.holds_whole_calls:
+            own = self.branches.led(own)
+        guess = self.predictor.guess(self.noise[self.position], inside + 1, own_output=own)
         return self.port.real(call.replaced(model_output=guess))
 
     # ---- the end of a window ---------------------------------------------------------------
@@ -203,8 +239,7 @@ class StepRun:
         window = self.window
         self.mesh.record(f"window {window.index}: waiting for predictions", waiting=True)
         like = window.calls[0].guided
-        guided, headers = exchange.gather(self.mesh, window.guided, like, self._header(like))
-        self.interrupted = self.interrupted or headers[0].interrupted
+        guided = exchange.gather(self.mesh, window.guided, like, self._header(like))
         guesses = self._guessed_latents() if self._carries else []
         self._rewind()
         result = self._last
@@ -281,7 +316,6 @@ class StepRun:
             device=like.device.type,
             shape=tuple(like.shape),
             digest=exchange.digest(first) if self.debug else bytes(16),
-            interrupted=self.interrupt_asked(),
         )
 
     # ---- the leader walk -------------------------------------------------------------------
@@ -310,7 +344,6 @@ class StepRun:
                 "state": self.port.snapshot(),
                 "random": self.randomness.snapshot(),
                 "guided": self._recent[-size:],
-                "interrupted": self.interrupt_asked(),
             }
         content = _broadcast_object(self.mesh, content, self.mesh.device)
         if self.rank:
@@ -318,7 +351,6 @@ class StepRun:
             self.randomness.restore(content["random"])
             for inside, guided in enumerate(content["guided"]):
                 self._remember(start + inside, guided)
-        self.interrupted = self.interrupted or content["interrupted"]
         return content["result"]
 
     # ---- between steps ---------------------------------------------------------------------
@@ -326,7 +358,7 @@ class StepRun:
     def _remember(self, position: int, guided: Tensor) -> None:
         """A true prediction; the first one waits for the grid before it reaches the predictor."""
         self._recent = [*self._recent, guided][-self.plan.step.degree :]
-        if self._is_planned:
+        if self._is_planned and position < len(self.noise):
             self.predictor.append(self.noise[position], guided)
 
     def _advance(self, call: StepCall, result: Any) -> None:
@@ -344,7 +376,7 @@ class StepRun:
         """After the first step the scheduler's grid, and so the windows, are known."""
         first = self.port.position(call.named.get("timestep"))
         total = len(self.port.scheduler.timesteps) - first
-        own = self._num_timesteps()
+        own = self._says.num_timesteps()
         num_steps = min(total, own) if own else total
         self.noise = self.port.noise(first, num_steps)
         self.schedule = Schedule(self.plan.step, self.noise)
@@ -354,7 +386,8 @@ class StepRun:
 
     def _next_window(self) -> None:
         window = self.window
-        self.predictor.close_window(window.start, window.size)
+        if self.position < len(self.noise):
+            self.predictor.close_window(window.start, window.size)
         self.report.add(
             WindowRecord(window.start, window.size, time.perf_counter() - window.opened_s)
         )
@@ -412,11 +445,19 @@ class StepRun:
             return
         if self.walk == "auto" and self.position == 1:
             self.walk = self.report.walk = "leader"
+            self._refuse_adaptive_leader()
         else:
             raise LatentsEdited(
                 f"step {self.position}: the latents are not what step {self.position - 1} "
                 "returned, so this pipeline or a callback edits them between steps; "
                 'use Steps(walk="leader")'
+            )
+
+    def _refuse_adaptive_leader(self) -> None:
+        if isinstance(self.plan.step.windows, Adaptive):
+            raise PlanMismatch(
+                "adaptive windows measure guess errors, which only the replay walk does; this "
+                "pipeline is walked by a leader because it edits latents: use Tail() or Fixed()"
             )
 
     def _refuse_open_window(self, event: str) -> None:
@@ -436,4 +477,9 @@ def _broadcast_object(mesh: Mesh, content: dict | None, device: torch.device) ->
     data = mesh.broadcast_bytes(buffer.getvalue(), "step")
     if content is not None:
         return content
-    return torch.load(io.BytesIO(data), map_location=device, weights_only=False)
+    return torch.load(io.BytesIO(data), map_location=_onto(device), weights_only=False)
+
+
+def _onto(device: torch.device) -> Callable:
+    """Tensors of the host stay there, those of rank 0's device come to this rank's."""
+    return lambda storage, where: storage if where == "cpu" else storage.to(device.type)

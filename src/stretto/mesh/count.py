@@ -12,7 +12,10 @@ from stretto.plan.traffic import Traffic
 
 
 class CountingMesh(Mesh):
-    """Wraps any mesh; `traffic` holds bytes sent by this rank, `calls` collectives per verb."""
+    """Wraps any mesh; `traffic` holds bytes sent by this rank, `calls` collectives per verb.
+
+    Messages of the phase `control` (flags, hashes, lengths) belong to no plan and are left out.
+    """
 
     def __init__(self, mesh: Mesh):
         super().__init__(mesh.sizes, mesh.world_rank, mesh.device, mesh.timeout_s)
@@ -40,7 +43,7 @@ class CountingMesh(Mesh):
         self.mesh.record(stage, waiting=waiting)
 
     def _count(self, phase: str, verb: str, axis: str | None, num_bytes: int) -> None:
-        if self.size(axis) > 1:
+        if self.size(axis) > 1 and phase != "control":
             self.calls[verb] += 1
             self.traffic.add(phase, verb, axis or "world", num_bytes)
 

@@ -160,7 +160,7 @@ class ProcessMesh(Mesh):
         if group is None:
             return Pending(lambda: [tensor])
         parts = [torch.empty_like(tensor) for _ in range(self.size(axis))]
-        work = self._start(axis, "all_gather", dist.all_gather, parts, tensor, group=group)
+        work = self._start(dist.all_gather, parts, tensor, group=group)
         return Pending(lambda: self._finish(work, parts, axis, "all_gather"))
 
     def broadcast(self, tensor, axis, src, phase):
@@ -168,7 +168,7 @@ class ProcessMesh(Mesh):
         if group is None:
             return Pending(lambda: tensor)
         root = self.peers(axis)[src]
-        work = self._start(axis, "broadcast", dist.broadcast, tensor, src=root, group=group)
+        work = self._start(dist.broadcast, tensor, src=root, group=group)
         return Pending(lambda: self._finish(work, tensor, axis, "broadcast"))
 
     def permute(self, tensor, axis, moves, phase):
@@ -177,14 +177,10 @@ class ProcessMesh(Mesh):
         works, buffer = [], None
         for src, dst in moves.items():
             if here == src:
-                works.append(
-                    self._start(axis, "permute", dist.isend, tensor, peers[dst], group=group)
-                )
+                works.append(self._start(dist.isend, tensor, peers[dst], group=group))
             elif here == dst:
                 buffer = torch.empty_like(tensor)
-                works.append(
-                    self._start(axis, "permute", dist.irecv, buffer, peers[src], group=group)
-                )
+                works.append(self._start(dist.irecv, buffer, peers[src], group=group))
 
         def finish():
             for work in works:
@@ -197,13 +193,10 @@ class ProcessMesh(Mesh):
         note = {"time": time.time(), "stage": stage, "waiting": waiting}
         self._store.set(f"record/{self.world_rank}", json.dumps(note))
 
-    def _start(self, axis: str | None, verb: str, call: Callable, *args, **kwargs):
+    def _start(self, call: Callable, *args, **kwargs):
         if call not in (dist.isend, dist.irecv):
             kwargs["async_op"] = True
-        try:
-            return call(*args, **kwargs)
-        except RuntimeError as error:
-            raise self._lost(axis, verb, error) from None
+        return call(*args, **kwargs)
 
     def _finish(self, work, result, axis: str | None, verb: str):
         try:

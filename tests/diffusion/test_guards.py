@@ -1,0 +1,247 @@
+"""What would be silently wrong, hang or leak without a guard, each once."""
+
+import copy
+
+import pytest
+import torch
+
+from stretto.diffusion.api import emulate, parallelized
+from stretto.errors import PlanMismatch, SplitMismatch, UnsupportedPipeline
+from stretto.mesh.local import LocalWorld
+from stretto.plan.model import Plan
+from stretto.plan.options import Adaptive, Listed, Parastep, Steps
+from stretto.testing import models
+
+DDIM = models.CASES["sd15-ddim"]
+
+
+def alone():
+    return LocalWorld({}).mesh(0)
+
+
+def unknown(pipe):
+    """The same pipeline under a class that no table vouches for."""
+    pipe.__class__ = type("UnknownPipeline", (type(pipe),), {})
+    return pipe
+
+
+@pytest.mark.parametrize("name", ["wan-flow", "flux-true-cfg"])
+def test_published_guesses_with_guidance_by_calls(name):
+    """The published guess recombines branches: those of the leader, not placeholders."""
+    case = models.CASES[name]
+    pipe = case.pipeline()
+    outputs = []
+    for cfg in (1, 2):
+        with emulate(pipe, Plan(step=Steps(degree=2, windows=Parastep()), cfg=cfg)):
+            case.call(pipe)
+            outputs.append(case.call(pipe))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(cfg=2)], ids=str)
+def test_an_interrupt_without_windows(plan):
+    pipe = DDIM.pipeline()
+
+    def stop(pipe, i, t, tensors):
+        pipe._interrupt = i >= 1
+        return {}
+
+    with emulate(pipe, plan) as run:
+        DDIM.call(pipe, callback_on_step_end=stop)
+    assert [r.num_steps for r in run.reports] == [2] * plan.world_size
+
+
+def test_only_rank_zero_interrupts():
+    """All cfg and step ranks stop at the same step although one of them asked."""
+    pipe = DDIM.pipeline()
+    asked = []
+
+    def stop(pipe, i, t, tensors):
+        if i == 2 and not asked:
+            asked.append(1)
+            pipe._interrupt = True
+        return {}
+
+    sizes = (1, 2, 2, 2, 1)
+    plan = Plan(step=Steps(degree=2, windows=Listed(sizes=sizes), exact_split=False), cfg=2)
+    with emulate(pipe, plan, timeout_s=20) as run:
+        DDIM.call(pipe, callback_on_step_end=stop)
+    assert len({r.sizes for r in run.reports}) == 1
+
+
+def test_calls_that_feed_one_another_are_refused():
+    case = models.CASES["wan-flow"]
+    pipe = case.pipeline()
+    pipe.transformer.__class__ = type("Chained", (type(pipe.transformer),), {})
+    calls = []
+    original = type(pipe.transformer).__call__
+
+    def call(module, *args, **kwargs):
+        if calls and len(calls) % 2:
+            kwargs["hidden_states"] = kwargs["hidden_states"] + calls[-1][0] / 10
+        calls.append(original(module, *args, **kwargs))
+        return calls[-1]
+
+    type(pipe.transformer).__call__ = call
+    with emulate(pipe, Plan(cfg=2)), pytest.raises(SplitMismatch, match="depends on the output"):
+        case.call(pipe)
+
+
+def test_sharing_an_exact_step_is_verified():
+    pipe = unknown(DDIM.pipeline())
+    plain = pipe.unet.forward
+
+    def mixed(*args, **kwargs):
+        rows = plain(*args, **kwargs)[0]
+        return (rows + rows.flip(0) / 2,)
+
+    pipe.unet.forward = mixed
+    plan = Plan(step=Steps(degree=2, windows=Listed(sizes=(1,) * 8)))
+    with emulate(pipe, plan), pytest.raises(SplitMismatch, match="rows depend on one another"):
+        DDIM.call(pipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("wan22-two-transformers", (1, 3, 3, 1)),
+        ("wan22-two-transformers", (1, 2, 3, 2)),
+        ("sd3-skip-layer", (1, 3, 3, 1)),
+    ],
+)
+def test_unlike_calls_do_not_share_a_batch(name, sizes):
+    case = models.CASES[name]
+    pipe = case.pipeline()
+    plan = Plan(step=Steps(degree=3, windows=Listed(sizes=sizes), exact_split=False))
+    run = emulate(pipe, plan, batched=True, timeout_s=20)
+    with run, pytest.raises(UnsupportedPipeline, match="unlike denoiser calls"):
+        case.call(pipe)
+
+
+def test_a_pipeline_may_write_into_what_it_got():
+    case = models.CASES["flux-distilled"]
+    outputs = []
+    for in_place in (False, True):
+        pipe = case.pipeline()
+
+        class Writing(type(pipe.transformer)):
+            def __call__(self, *args, in_place=in_place, **kwargs):
+                (output,) = super().__call__(*args, **kwargs)
+                return (output.mul_(1.001) if in_place else output * 1.001,)
+
+        pipe.transformer.__class__ = Writing
+        with emulate(pipe, Plan(step=Steps(degree=3, exact_split=False))):
+            outputs.append(case.call(pipe))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("walk", ["auto", "leader"])
+def test_adaptive_windows_need_the_replay_walk(walk):
+    case = models.CASES["sd15-inpaint"]
+    pipe = case.pipeline()
+    plan = Plan(step=Steps(degree=3, windows=Adaptive(), walk=walk))
+    with emulate(pipe, plan), pytest.raises(PlanMismatch, match="only the replay walk"):
+        case.call(pipe)
+
+
+def test_virtual_ranks_inherit_autocast():
+    pipe = DDIM.pipeline()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = DDIM.call(pipe)
+        with emulate(pipe, Plan()):
+            assert torch.equal(DDIM.call(pipe), plain)
+
+
+def test_one_generator_given_twice_stays_one():
+    case = models.CASES["sd15-euler-ancestral"]
+    pipe = case.pipeline()
+    inputs = {
+        key: value.repeat(2, 1, 1) for key, value in case.inputs().items() if key.endswith("embeds")
+    }
+
+    def call():
+        generator = torch.Generator().manual_seed(4)
+        return case.call(pipe, **inputs, generator=[generator, generator])
+
+    plain = call()
+    with emulate(
+        pipe, Plan(step=Steps(degree=2, windows=Listed(sizes=(1,) * 8), exact_split=False))
+    ):
+        assert torch.equal(call(), plain)
+
+
+def test_a_shared_module_is_refused_at_once():
+    one, two = DDIM.pipeline(), DDIM.pipeline()
+    two.unet = one.unet
+    with parallelized(one, Plan(), mesh=alone()):
+        second = parallelized(two, Plan(), mesh=alone())
+        with pytest.raises(UnsupportedPipeline, match="already belongs to a parallelized"):
+            second.__enter__()
+        DDIM.call(one)
+
+
+def test_leaving_keeps_what_others_wrapped_since():
+    pipe = DDIM.pipeline()
+    plain = DDIM.call(pipe)
+    with parallelized(pipe, Plan(), mesh=alone()):
+        ours = pipe.unet.forward
+
+        def theirs(*args, **kwargs):
+            return ours(*args, **kwargs)
+
+        pipe.unet.forward = theirs
+    assert pipe.unet.forward is theirs
+    assert torch.equal(DDIM.call(pipe), plain)
+
+
+def test_a_cache_enabled_inside_is_refused():
+    from diffusers import FirstBlockCacheConfig
+
+    case = models.CASES["flux-distilled"]
+    pipe = case.pipeline()
+    run = emulate(pipe, Plan(step=2))
+    with run:
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+        with pytest.raises(UnsupportedPipeline, match="step cache"):
+            case.call(pipe)
+
+
+def test_remembered_outputs_stay_few():
+    pipe = DDIM.pipeline()
+    embeds = DDIM.inputs()
+    with parallelized(pipe, Plan(), mesh=alone()) as attached:
+        for tokens in range(1, 14):
+            changed = {k: v[:, :tokens] for k, v in embeds.items() if k.endswith("embeds")}
+            DDIM.call(pipe, **changed, num_inference_steps=2)
+    assert len(attached._remembered._outputs) <= 9
+
+
+class TwoSchedulers:
+    """Mixin: a call that deep-copies its scheduler and steps the copy too."""
+
+    def step_copy(self):
+        other = copy.deepcopy(self.scheduler)
+        other.set_timesteps(4)
+        ones = torch.ones(1, 4, 2, 2)
+        return other.step(ones, other.timesteps[0], ones)[0]
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_a_copied_scheduler_steps_for_itself_or_is_refused(degree):
+    pipe = DDIM.pipeline()
+    pipe.__class__ = type("Copying", (TwoSchedulers, type(pipe)), {})
+    alone_result = pipe.step_copy()
+    seen = []
+
+    def copying(pipe, i, t, tensors):
+        seen.append(pipe.step_copy())
+        return {}
+
+    plan = Plan(step=Steps(degree=degree, exact_split=False))
+    with emulate(pipe, plan):
+        if degree == 1:
+            DDIM.call(pipe, callback_on_step_end=copying)
+            assert all(torch.equal(result, alone_result) for result in seen)
+        else:
+            with pytest.raises(UnsupportedPipeline, match="second scheduler"):
+                DDIM.call(pipe, callback_on_step_end=copying)
