@@ -80,7 +80,7 @@ def test_a_right_case_is_exact(ranks):
     ("change", "words"),
     [
         ({"output": torch.zeros(1)}, "differ from the emulation"),
-        ({"counted": 99}, "evaluations (4, 4, 99) of (4, 4, 4)"),
+        ({"counted": 99}, "evaluations (4, 4, 99) of (4, 4, 2)"),
         ({"traffic": "more"}, "bytes counted are not those declared"),
     ],
     ids=["output", "evaluations", "bytes"],

@@ -44,7 +44,7 @@ def test_virtual_ranks_write_pictures_and_a_result(tmp_path, capsys):
     assert result["basis"] == "measured"
     assert result["emulated"]
     (row,) = result["rows"]
-    assert row["windows"] == [1, 2, 1]
+    assert row["windows"] == [1, 1, 2]
     assert row["evaluations"] == [3, 3]
     assert row["seconds"] == []
 

@@ -106,8 +106,8 @@ def test_default_depth_is_that_of_the_published_schedule():
 @pytest.mark.parametrize(
     ("noise", "expected"),
     [
-        (flow_noise(50, 3), "1 8 8 8 8 6 4 3 2 1 1"),
-        (karras_noise(50), "1 8 8 7 4 3 2 3 3 4 7"),
+        (flow_noise(50, 3), "1 4 8 8 8 8 5 3 2 2 1"),
+        (karras_noise(50), "1 6 8 8 4 3 3 3 3 4 7"),
     ],
     ids=["shift-3", "karras"],
 )
@@ -118,16 +118,22 @@ def test_tail_gives_the_documented_plans(noise, expected):
 
 def test_tail_cost_by_hand():
     noise = [1.0, 0.9, 0.5, 0.3, 0.0]
-    # Step * reach * (reach / 2 + the known step 0.1) / noise, for the two guessed positions.
+    # Step * reach * (reach / 2 + the known step 0.1) / noise, for the two guessed positions; and
+    # one step is known, so windows of 2 and 3 reach 2 and 3 times as far as there is history.
     first, second = 0.2 * 0.4 * (0.2 + 0.1) / 0.5, 0.3 * 0.6 * (0.3 + 0.1) / 0.3
     assert search.tail_cost(noise, 1, 1) == 0
-    assert search.tail_cost(noise, 1, 2) == pytest.approx(first**2, rel=1e-12)
-    assert search.tail_cost(noise, 1, 3) == pytest.approx((first + second) ** 2, rel=1e-12)
+    assert search.tail_cost(noise, 1, 2) == pytest.approx(first**2 * 2**8, rel=1e-12)
+    assert search.tail_cost(noise, 1, 3) == pytest.approx((first + second) ** 2 * 3**8, rel=1e-12)
+
+
+def test_windows_within_the_history_are_trusted():
+    assert [search.distrust(8, size) for size in (1, 7, 8)] == [1.0, 1.0, 1.0]
+    assert search.distrust(4, 8) == 2.0**8
 
 
 def test_tail_cost_stays_finite_where_the_noise_ends_early():
     assert search.tail_cost([1.0, 0.5, 0.0, 0.0], 1, 2) == 0.0
-    assert search.tail_cost([1.0, 0.5, 0.0, 0.25], 1, 2) == pytest.approx((125 * 0.75) ** 2)
+    assert search.tail_cost([1.0, 0.5, 0.0, 0.25], 1, 2) == pytest.approx((125 * 0.75) ** 2 * 2**8)
 
 
 @given(small_cases())

@@ -26,8 +26,8 @@ _NOTES = (
     "speed-up: median of sequential on one rank of one thread, over the median of the row",
     "ceiling: steps / depth, a half guidance batch at its measured cost; ideal: at one half",
     "a batch of pictures stands in for a larger denoiser; pictures alone could be shared out",
-    "PSNR: squared error pooled over all pictures, range 2.0, before clipping; against the "
-    "sequential run of as many steps as the plan",
+    "PSNR: average over the pictures (pooled_db: of their pooled squared error), range 2.0, "
+    "before clipping; against the sequential run of as many steps as the plan",
     "fidelity: on six classes, and seeds, that no calibration saw; calibrated on the four others",
 )
 

@@ -119,8 +119,10 @@ class _Planner:
         ]
 
     def _plan(self, errors: Errors, depth: int) -> tuple[int, ...]:
-        num_steps = len(self.noise) - 1
-        return search.best(num_steps, self.degree, depth, lambda i, size: errors[i, size])
+        def cost(start: int, size: int) -> float:
+            return errors[start, size] * search.distrust(start, size)
+
+        return search.best(len(self.noise) - 1, self.degree, depth, cost)
 
 
 def _measure(
@@ -173,14 +175,14 @@ class _Bench:
     def psnr_db(
         self, windows: Windows, predictor: str = "damped", num_calls: int | None = None
     ) -> float:
-        """PSNR over the first `num_calls` held-out calls, pooled; inf where nothing differs."""
+        """Average PSNR of the items of the first `num_calls` held-out calls; inf where equal."""
         plan = Plan(step=Steps(degree=self.degree, windows=windows, predictor=predictor))
         kept = self.kept.setdefault(plan, [])
         calls, references = self.calls[:num_calls], self.references[:num_calls]
         with emulate(self.pipe, plan, denoiser=self.denoiser):
             kept += [tensor_of(self.pipe(**fresh(call))) for call in calls[len(kept) :]]
         joined = torch.cat(kept[: len(calls)]), torch.cat(references)
-        return psnr(*joined, data_range=self.data_range).mean
+        return psnr(*joined, data_range=self.data_range).average
 
     def candidate_db(self, candidate: Candidate, num_calls: int | None = None) -> float:
         option = Listed(sizes=candidate.windows, damping=candidate.damping)

@@ -243,7 +243,7 @@ def distance(media: Media | None, reference: Media | None) -> dict[str, Any]:
     found = quality.psnr(x, y, data_range=2.0 if media.kind == "audio" else 1.0)
     return {
         "identical": torch.equal(x, y),
-        "psnr_db": found.mean,
+        "psnr_db": found.average,
         "psnr_worst_item_db": found.worst_item,
         "relative_l2": quality.relative_l2(x, y),
     }

@@ -26,12 +26,14 @@ _SSIM_K1, _SSIM_K2 = 0.01, 0.03
 class Psnr:
     """Peak signal to noise ratio in dB for a stated data range; inf where nothing differs.
 
-    mean: of the squared error pooled over everything (never above the average of the items);
+    average: of the items' own PSNR, those that do not differ left out (inf if none differs);
+    mean: of the squared error pooled over everything, so that of the worst items;
     worst_item, worst_frame: the smallest of one item, of one frame of one item (equal to
     worst_item where there are no frames).
     """
 
     data_range: float
+    average: float
     mean: float
     worst_item: float
     worst_frame: float
@@ -53,8 +55,11 @@ def psnr(x: Tensor, reference: Tensor, *, data_range: float, frame_dim: int | No
         if frame_dim % x.dim() == 0:
             raise ConfigError(f"frame_dim {frame_dim} of {tuple(x.shape)} is dim 0, the items")
         frames_BN = squares_BN.movedim(frame_dim, 1).flatten(2).mean(2)
+    items = [_decibel(square, data_range) for square in frames_BN.mean(1)]
+    differing = [item for item in items if math.isfinite(item)]
     return Psnr(
         data_range=float(data_range),
+        average=sum(differing) / len(differing) if differing else math.inf,
         mean=_decibel(frames_BN.mean(), data_range),
         worst_item=_decibel(frames_BN.mean(1).max(), data_range),
         worst_frame=_decibel(frames_BN.max(), data_range),
