@@ -56,6 +56,7 @@ SURFACE = {
         "--prompt",
         "--seed",
         "--steps",
+        "--threads",
         "-o",
         "FOLDER",
     },

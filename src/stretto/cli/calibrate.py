@@ -37,6 +37,7 @@ def calibrate(
     calls: Annotated[int, _AT_LEAST_1] = 4,
     holdout: Annotated[int, _AT_LEAST_1] = 4,
     seed: int = 0,
+    threads: Annotated[int, _AT_LEAST_1] = 1,
     out: Annotated[Path, Parameter(name=("--out", "-o"))] = Path("calibration.yaml"),
     json: bool = False,
 ) -> int:
@@ -70,12 +71,16 @@ def calibrate(
         Generations that the plans are verified on.
     seed
         Seed of the first generation; each takes the next.
+    threads
+        CPU threads. Ranks on a CPU have one each, so with one the results are bitwise theirs;
+        more pay for large models, and cost dearly where other work holds the cores.
     out
         Where the calibration is written.
     json
         Print one JSON object.
     """
     documents.check_writable(out)
+    torch.set_num_threads(threads)
     pipe = open_pipeline(folder)
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
