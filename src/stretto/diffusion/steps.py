@@ -358,6 +358,7 @@ class StepRun:
     def _remember(self, position: int, guided: Tensor) -> None:
         """A true prediction; the first one waits for the grid before it reaches the predictor."""
         self._recent = [*self._recent, guided][-self.plan.step.degree :]
+        # A pipeline may walk its timesteps twice; nothing is guessed beyond the grid.
         if self._is_planned and position < len(self.noise):
             self.predictor.append(self.noise[position], guided)
 
