@@ -1,0 +1,56 @@
+"""The attention module while no plan is bound to it: torch SDPA with stretto's masks."""
+
+import pytest
+import torch
+
+from stretto.errors import ConfigError
+from stretto.parallel.context import Attention, visible
+
+
+def inputs(tokens=6, heads=4, kv_heads=2, dim=8):
+    generator = torch.Generator().manual_seed(0)
+    shape = {"generator": generator, "dtype": torch.float64}
+    q = torch.randn(2, heads, tokens, dim, **shape)
+    k, v = (torch.randn(2, kv_heads, tokens, dim, **shape) for _ in range(2))
+    return q, k, v
+
+
+def by_hand(q, k, v, seen, scale=None):
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return torch.softmax(scores.masked_fill(~seen, -torch.inf), -1) @ v
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 3, 99])
+def test_masks_are_those_of_explicit_softmax(causal, window):
+    q, k, v = inputs()
+    seen = torch.tensor(
+        [
+            [(not causal or j <= i) and (window is None or abs(i - j) < window) for j in range(6)]
+            for i in range(6)
+        ]
+    )
+    assert torch.equal(visible(6, 6, causal, window), seen)
+    out = Attention()(q, k, v, causal=causal, window=window, scale=0.3)
+    torch.testing.assert_close(out, by_hand(q, k, v, seen, 0.3), rtol=0, atol=1e-13)
+
+
+def test_documents_are_separate_calls_and_may_be_empty():
+    q, k, v = inputs()
+    out = Attention()(q, k, v, causal=True, documents=(4, 0, 2))
+    first = Attention()(q[:, :, :4], k[:, :, :4], v[:, :, :4], causal=True)
+    second = Attention()(q[:, :, 4:], k[:, :, 4:], v[:, :, 4:], causal=True)
+    assert torch.equal(out, torch.cat([first, second], 2))
+
+
+def test_queries_at_an_offset_see_the_prefix():
+    q, k, v = inputs()
+    whole = Attention()(q, k, v, causal=True)
+    out = Attention()(q[:, :, 4:], k, v, causal=True, q_offset=4)
+    torch.testing.assert_close(out, whole[:, :, 4:], rtol=0, atol=1e-13)
+
+
+def test_documents_that_do_not_sum_are_refused():
+    with pytest.raises(ConfigError, match="7 tokens in all, 6 queries"):
+        Attention()(*inputs(), documents=(4, 3))
