@@ -12,7 +12,10 @@ from tests.cluster.make import cluster, device, link, node
 @pytest.mark.parametrize("name", presets())
 def test_presets_say_where_every_number_is_from(name):
     preset = Cluster.read(name)
-    sources = [each.source for each in (*preset.devices.values(), *preset.links)]
+    kernels = [each.attention for each in preset.devices.values() if each.attention]
+    network = [preset.network] if preset.network else []
+    sources = [each.source for each in (*preset.devices.values(), *kernels, *preset.links)]
+    sources += [each.source for each in network]
     assert sources
     assert all(s.startswith(("measured: ", "published: ", "projected: ")) for s in sources)
     assert preset.size >= 2
@@ -36,6 +39,26 @@ def test_ranks_count_through_nodes_in_order():
     assert mixed.link(0, 1).name == "within a"
     assert mixed.link(0, 2) == mixed.link(2, 1)
     assert mixed.link(0, 2).rate == 1e9
+
+
+def test_a_network_joins_the_nodes_that_no_link_joins():
+    two = Cluster.read("a100-2x16")
+    assert (two.size, two.link(0, 15).name) == (32, "within n0")
+    assert two.link(20, 3) == two.link(3, 20)
+    assert two.link(3, 20).rate == two.network.rate == 12.5e9
+    own = {"between": ("n0", "n1"), "rate": 1e9, "latency": 0}
+    fields = two.model_dump() | {"links": [*two.model_dump()["links"], own]}
+    assert Cluster.model_validate(fields).link(0, 31).rate == 1e9
+
+
+@pytest.mark.parametrize(
+    ("short", "match"),
+    [([[2048, 1.0], [1024, 0.5]], "must rise"), ([[1024, 1.5]], "not above 1")],
+)
+def test_a_kernel_curve_is_checked(short, match):
+    rates = {"forward": "1 TFLOP/s", "backward": "1 TFLOP/s", "source": "invented"}
+    with pytest.raises(ConfigError, match=match):
+        cluster({"d": device(attention=rates | {"short": short})})
 
 
 def test_cut_down_keeps_the_links_that_are_left():

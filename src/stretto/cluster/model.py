@@ -24,10 +24,34 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Kernel(_Frozen):
+    """FLOP/s that attention kernels reach: forward and backward, both on blocks of many rows.
+
+    `short` lists (rows, part of the rate) of smaller blocks, in rows of the shorter side; between
+    two entries the part follows the logarithm of the rows, below the first it falls in proportion.
+    """
+
+    forward: FlopRate = Field(gt=0)
+    backward: FlopRate = Field(gt=0)
+    short: tuple[tuple[int, float], ...] = ()
+    source: str
+
+    @model_validator(mode="after")
+    def _rising(self) -> Kernel:
+        rows = [entry[0] for entry in self.short]
+        parts = [entry[1] for entry in self.short]
+        if rows != sorted(set(rows)) or min(rows, default=1) < 1:
+            raise ValueError(f"short: rows {rows} must rise from at least 1")
+        if not all(0 < part <= 1 for part in parts):
+            raise ValueError(f"short: parts {parts} must lie above 0 and not above 1")
+        return self
+
+
 class Device(_Frozen):
     """One kind of device: its memory in bytes, rates in bytes/s and FLOP/s, and who says so.
 
     A FLOP rate is that of dense matrix products; `spread` is its relative uncertainty.
+    `attention` is what attention kernels reach of it, where that is known.
     """
 
     memory: Memory
@@ -39,6 +63,7 @@ class Device(_Frozen):
     fp16: FlopRate | None = None
     fp8: FlopRate | None = None
     spread: float | None = Field(None, ge=0)
+    attention: Kernel | None = None
     source: str
 
     def flop_rate(self, dtype: str) -> float:
@@ -102,10 +127,35 @@ class Link(_Frozen):
         return (a == b == self.within) if self.between is None else {a, b} == set(self.between)
 
 
+class Network(_Frozen):
+    """What devices of different nodes talk over, where no link between two nodes is written.
+
+    `rate` is bytes/s each way of one network interface and `latency` seconds of one message.
+    `per`: each device has an interface of its own, or a node has one that its devices share.
+    """
+
+    rate: Rate = Field(gt=0)
+    latency: Seconds
+    per: Literal["device", "node"]
+    spread: float | None = Field(None, ge=0)
+    source: str = ""
+
+    def link(self, a: str, b: str) -> Link:
+        """The link between two nodes over this network."""
+        ends = (min(a, b), max(a, b))
+        return Link(
+            between=ends,
+            rate=self.rate,
+            latency=self.latency,
+            spread=self.spread,
+            source=self.source,
+        )
+
+
 class Cluster(_Frozen):
     """Devices, nodes and links. Ranks count through the nodes in the order written.
 
-    `basis`: measured (by `stretto probe`), published (data sheets), projected (assumed); `date`
+    `network` joins all nodes that no link joins. `basis`: measured (by `stretto probe`), published (data sheets), projected (assumed); `date`
     and `software` say when and with what. `read` raises ConfigError naming file, line and field.
     """
 
@@ -116,6 +166,7 @@ class Cluster(_Frozen):
     devices: dict[str, Device] = Field(min_length=1)
     nodes: tuple[Node, ...] = Field(min_length=1)
     links: tuple[Link, ...] = ()
+    network: Network | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Cluster:
@@ -168,7 +219,11 @@ class Cluster(_Frozen):
     def link(self, a: int, b: int) -> Link:
         """The link between two ranks' devices."""
         ends = self.places[a][0], self.places[b][0]
-        return next(link for link in self.links if link.joins(*ends))
+        found = next((link for link in self.links if link.joins(*ends)), None)
+        if found is None:
+            assert self.network is not None, "a cluster without a network has all links"
+            return self.network.link(*ends)
+        return found
 
     def first(self, count: int) -> Cluster:
         """The same cluster cut down to its first `count` devices. Raises ConfigError."""
@@ -192,7 +247,7 @@ def presets() -> dict[str, Path]:
 
 
 def _check_links(cluster: Cluster, names: list[str]) -> None:
-    """Every pair of devices has exactly one link."""
+    """Every pair of devices has exactly one link; a network is one between any two nodes."""
     for link in cluster.links:
         unknown = {link.within, *(link.between or ())} - {None, *names}
         if unknown:
@@ -203,6 +258,6 @@ def _check_links(cluster: Cluster, names: list[str]) -> None:
     pairs += [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     for a, b in pairs:
         found = sum(link.joins(a, b) for link in cluster.links)
-        if found != 1:
+        if found != 1 and not (found == 0 and a != b and cluster.network):
             where = f"within {a}" if a == b else f"between {a} and {b}"
             raise ValueError(f"links: {found} links {where}, exactly one is needed")
