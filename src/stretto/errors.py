@@ -19,6 +19,22 @@ class PlanMismatch(ConfigError):
     """A plan that does not fit the ranks, the model, the scheduler or the number of steps."""
 
 
+class Infeasible(PlanMismatch):
+    """A plan that does not fit in memory, with how much is missing."""
+
+
+class ShapeMismatch(ConfigError):
+    """Tensors, lengths or masks that do not fit together, with both values."""
+
+
+class UnsupportedModel(ConfigError, NotImplementedError):
+    """A model or an attention call that cannot be split exactly, with the reason and the way out."""
+
+
+class ShapeError(ConfigError):
+    """Tensors, lengths or masks that do not fit together; the message shows both sides."""
+
+
 class UnsupportedPipeline(ConfigError):
     """A pipeline that cannot be parallelized as asked, with the reason and the way out."""
 
