@@ -14,6 +14,8 @@ SUBPACKAGES = {info.name for info in pkgutil.iter_modules(stretto.__path__)}
 def test_names_are_frozen():
     assert set(stretto.__all__) == {
         "Cluster",
+        "Context",
+        "Data",
         "Estimate",
         "Guidance",
         "Mesh",

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from stretto.cost.estimate import Estimate
     from stretto.diffusion.api import parallelized
     from stretto.mesh.mesh import Mesh, init_mesh
+    from stretto.plan.context import Context
     from stretto.plan.model import Plan
-    from stretto.plan.options import Guidance, Steps
+    from stretto.plan.options import Data, Guidance, Steps
     from stretto.search.judge import estimate, explain
     from stretto.search.space import find_plans
     from stretto.workload.model import Workload
@@ -23,6 +24,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Cluster",
+    "Context",
+    "Data",
     "Estimate",
     "Guidance",
     "Mesh",
@@ -41,6 +44,8 @@ __all__ = [
 #: Where each public name lives; a name that is itself a module has no entry.
 _HOMES = {
     "Cluster": "stretto.cluster.model",
+    "Context": "stretto.plan.context",
+    "Data": "stretto.plan.options",
     "Estimate": "stretto.cost.estimate",
     "Guidance": "stretto.plan.options",
     "Mesh": "stretto.mesh.mesh",

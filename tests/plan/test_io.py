@@ -101,7 +101,7 @@ def test_degrees_may_stand_for_options(tmp_path):
         ({"step": {"walk": "run"}}, "walk 'run' is unknown; known are auto, replay, leader"),
         ({"cfg": {"split": "half"}}, "split 'half' is unknown; known are auto, batch, calls"),
         ({"stepp": 2}, "stepp: Extra inputs are not permitted (got 2)"),
-        ({"kind": "train"}, "kind: Input should be 'generate' (got 'train')"),
+        ({"kind": "serve"}, "kind: Input should be 'generate' or 'train' (got 'serve')"),
         ({"origin": {"by": "me", "basis": "felt"}}, "origin.basis: Input should be 'measured'"),
         ({"origin": {"basis": "measured"}}, "origin.by: Field required"),
         ({1: 2}, "1: Extra inputs are not permitted (got 2)"),

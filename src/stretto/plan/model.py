@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import typing
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer
 
 from stretto import axes
 from stretto.errors import PlanMismatch
-from stretto.plan.options import Guidance, Steps
+from stretto.plan.options import Context, Data, Guidance, Schedule, Steps, Windows
 
 Place = tuple[str | int, ...]
 
 
-def _option(kind: type) -> BeforeValidator:
+#: Branches of the unions, by the name that pydantic gives them, and their kinds.
+_KINDS: dict[str, str] = {
+    branch.__name__: typing.get_args(typing.get_type_hints(branch)["kind"])[0]
+    for union in (Windows, Schedule)
+    for branch in typing.get_args(union)
+}
+
+
+def _option(of_degree: Callable[[int], object]) -> BeforeValidator:
     """An integer stands for an option of that degree."""
-    return BeforeValidator(lambda v: kind(degree=v) if isinstance(v, int) else v)
+    return BeforeValidator(lambda v: of_degree(v) if isinstance(v, int) else v)
 
 
 class Origin(BaseModel):
@@ -30,14 +40,18 @@ class Origin(BaseModel):
 class Plan(BaseModel):
     """How one job is split over ranks: an option or a degree per axis.
 
-    `Plan(step=4, cfg=2)` asks for 8 ranks. World size is the product of the degrees.
-    Raises PlanMismatch, naming every wrong field.
+    `Plan(step=4, cfg=2)` asks for 8 ranks, `Plan(kind="train", dp=2, cp=Context(ring=4))` too.
+    World size is the product of the degrees. Raises PlanMismatch, naming every wrong field.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    kind: Literal["generate"] = "generate"
-    step: Annotated[Steps, _option(Steps)] = Field(default_factory=Steps)
-    cfg: Annotated[Guidance, _option(Guidance)] = Field(default_factory=Guidance)
+    kind: Literal["generate", "train"] = "generate"
+    dp: Annotated[Data, _option(lambda n: Data(shard=n))] = Field(default_factory=Data)
+    cp: Annotated[Context, _option(lambda n: Context(ring=n))] = Field(default_factory=Context)
+    step: Annotated[Steps, _option(lambda n: Steps(degree=n))] = Field(default_factory=Steps)
+    cfg: Annotated[Guidance, _option(lambda n: Guidance(degree=n))] = Field(
+        default_factory=Guidance
+    )
     origin: Origin | None = None
 
     def __init__(self, **fields: Any):
@@ -46,10 +60,17 @@ class Plan(BaseModel):
         except ValidationError as error:
             raise PlanMismatch("; ".join(_complaints(error, fields))) from None
 
+    @model_serializer(mode="wrap")
+    def _without_idle_axes(self, write: Callable[[Plan], dict]) -> dict:
+        """Fields to write; `dp` and `cp` say nothing where they are as nobody set them."""
+        idle = {"dp": Data(), "cp": Context()}
+        return {k: v for k, v in write(self).items() if getattr(self, k) != idle.get(k, ...)}
+
     @property
     def sizes(self) -> dict[str, int]:
         """Axis sizes in mesh order."""
-        return axes.ordered({"step": self.step.degree, "cfg": self.cfg.degree})
+        own = {"step": self.step.degree, "fsdp": self.dp.degree, "cfg": self.cfg.degree}
+        return axes.ordered(own | self.cp.sizes)
 
     @property
     def world_size(self) -> int:
@@ -58,11 +79,14 @@ class Plan(BaseModel):
     def explain(self) -> str:
         """Ranks and axes in words; times need `stretto explain`."""
         lines = [repr(self)]
-        lines += [f"  {axis:<6} {size} rank(s)" for axis, size in self.sizes.items()]
+        shown = {axis: n for axis, n in self.sizes.items() if n > 1}
+        width = max(6, *map(len, shown), 0)
+        lines += [f"  {axis:<{width}} {n} rank(s)" for axis, n in shown.items()]
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        parts = [o.short() for o in (self.step, self.cfg) if o.degree > 1] or ["one rank"]
+        options = (self.step, self.dp, self.cfg, self.cp)
+        parts = [o.short() for o in options if o.degree > 1] or ["one rank"]
         return f"{self.kind}: {' '.join(parts)} = {self.world_size} ranks"
 
     def __str__(self) -> str:
@@ -93,7 +117,7 @@ def _parted(place: Place) -> tuple[Place, str | None, Place]:
     """A place up to a union, the kind of the branch that pydantic tried there, and the rest."""
     for index, part in enumerate(place):
         if isinstance(part, str) and part[:1].isupper():
-            return place[:index], part.lower(), place[index + 1 :]
+            return place[:index], _KINDS.get(part, part.lower()), place[index + 1 :]
     return place, None, ()
 
 

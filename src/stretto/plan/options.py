@@ -9,16 +9,50 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stretto.errors import PlanMismatch
+from stretto.plan.checks import FORBID, check_choice, check_degree
+from stretto.plan.context import (
+    AttentionCase,
+    Context,
+    DoubleRing,
+    Gather,
+    Ring,
+    Schedule,
+    StarTrail,
+    Tile,
+)
 from stretto.plan.traffic import Traffic
+
+__all__ = [
+    "Adaptive",
+    "AttentionCase",
+    "Calibrated",
+    "Context",
+    "Data",
+    "DataCase",
+    "DoubleRing",
+    "Fixed",
+    "Gather",
+    "Guidance",
+    "GuidanceCase",
+    "Listed",
+    "Parastep",
+    "Ring",
+    "Schedule",
+    "StarTrail",
+    "Steps",
+    "StepsCase",
+    "Tail",
+    "Tile",
+    "Windows",
+]
 
 PREDICTORS = ("damped", "repeat", "own", "taylor-1", "taylor-2", "taylor-3")
 WALKS = ("auto", "replay", "leader")
 SPLITS = ("auto", "batch", "calls")
+REDUCE_DTYPES = ("input", "float32")
 
 #: Fixed header in front of every window message, bytes.
 HEADER_BYTES = 256
-_FORBID = {"extra": "forbid"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +63,7 @@ class Parastep:
     Source: ParaStep, NeurIPS 2025, section 3.
     """
 
-    __pydantic_config__ = _FORBID
+    __pydantic_config__ = FORBID
     kind: Literal["parastep"] = "parastep"
     warmup: int | None = None
 
@@ -45,7 +79,7 @@ class Tail:
     that both can be compared at equal cost. Needs no calibration.
     """
 
-    __pydantic_config__ = _FORBID
+    __pydantic_config__ = FORBID
     kind: Literal["tail"] = "tail"
     depth: int | None = None
 
@@ -57,7 +91,7 @@ class Tail:
 class Fixed:
     """`warmup` exact steps, windows of `degree`, `cooldown` exact steps."""
 
-    __pydantic_config__ = _FORBID
+    __pydantic_config__ = FORBID
     kind: Literal["fixed"] = "fixed"
     warmup: int = 1
     cooldown: int = 0
@@ -74,7 +108,7 @@ class Listed:
     `grid`: noise fractions s_0 .. s_N that the sizes were made for, empty for any grid.
     """
 
-    __pydantic_config__ = _FORBID
+    __pydantic_config__ = FORBID
     kind: Literal["listed"] = "listed"
     sizes: tuple[int, ...]
     damping: tuple[float, ...] = ()
@@ -91,7 +125,7 @@ class Calibrated:
     `depth` None takes the file's entry for the depth of `Parastep()`.
     """
 
-    __pydantic_config__ = _FORBID
+    __pydantic_config__ = FORBID
     kind: Literal["calibrated"] = "calibrated"
     file: str
     depth: int | None = None
@@ -108,7 +142,7 @@ class Adaptive:
     tolerance does not transfer between noise grids.
     """
 
-    __pydantic_config__ = _FORBID
+    __pydantic_config__ = FORBID
     kind: Literal["adaptive"] = "adaptive"
     tolerance: float = 0.02
 
@@ -144,7 +178,7 @@ class Steps:
     steps), `auto` finds out. `exact_split`: ranks share the batch of a window of one step.
     """
 
-    __pydantic_config__ = _FORBID
+    __pydantic_config__ = FORBID
     degree: int = 1
     windows: Windows = field(default_factory=Tail)
     predictor: str = "damped"
@@ -152,9 +186,9 @@ class Steps:
     exact_split: bool = True
 
     def __post_init__(self):
-        _check_degree("step", self.degree)
-        _check_choice("predictor", self.predictor, PREDICTORS)
-        _check_choice("walk", self.walk, WALKS)
+        check_degree("step", self.degree)
+        check_choice("predictor", self.predictor, PREDICTORS)
+        check_choice("walk", self.walk, WALKS)
 
     def short(self) -> str:
         return f"step{self.degree}({self.windows.short()}, {self.guesses})"
@@ -205,13 +239,13 @@ class Guidance:
     denoiser calls (pipelines that call once per branch), `auto` takes what the shapes allow.
     """
 
-    __pydantic_config__ = _FORBID
+    __pydantic_config__ = FORBID
     degree: int = 1
     split: str = "auto"
 
     def __post_init__(self):
-        _check_degree("cfg", self.degree)
-        _check_choice("split", self.split, SPLITS)
+        check_degree("cfg", self.degree)
+        check_choice("split", self.split, SPLITS)
 
     def short(self) -> str:
         return f"cfg{self.degree}" + ("" if self.split == "auto" else f"({self.split})")
@@ -233,11 +267,57 @@ class Guidance:
         return traffic
 
 
-def _check_degree(axis: str, degree: int) -> None:
-    if degree < 1:
-        raise PlanMismatch(f"{axis}={degree}: a degree counts ranks and is at least 1")
+@dataclass(frozen=True, slots=True)
+class DataCase:
+    """What the bytes of sharded training depend on, for one optimizer step.
+
+    `parameters`: elements in all; `gathers`: how often a rank assembles them (forward and backward
+    of every micro-batch).
+    """
+
+    parameters: int
+    parameter_bytes: int
+    gradient_bytes: int
+    gathers: int = 2
 
 
-def _check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise PlanMismatch(f"{what} {value!r} is unknown; known are {', '.join(known)}")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """Batches over groups of ranks: `shard` ranks share weights (fully sharded), groups of them
+    hold `replicate` copies.
+
+    `micro_batch`: sequences per forward pass and rank group; `reduce_dtype`: in which gradients
+    travel, `input` is that of the parameters.
+    """
+
+    __pydantic_config__ = FORBID
+    replicate: int = 1
+    shard: int = 1
+    micro_batch: int = 1
+    reduce_dtype: str = "input"
+
+    def __post_init__(self):
+        check_degree("replicate", self.replicate)
+        check_degree("shard", self.shard)
+        check_degree("micro_batch", self.micro_batch)
+        check_choice("reduce_dtype", self.reduce_dtype, REDUCE_DTYPES)
+
+    @property
+    def degree(self) -> int:
+        """Ranks on the `fsdp` axis: copies times shards."""
+        return self.replicate * self.shard
+
+    def short(self) -> str:
+        copies = f"replicate{self.replicate} " if self.replicate > 1 else ""
+        return f"{copies}fsdp{self.shard}"
+
+    def wire(self, case: DataCase) -> Traffic:
+        """Bytes of one step of fully sharded training, counted as ring collectives send them."""
+        others, traffic = self.shard - 1, Traffic()
+        share = -(-case.parameters // self.shard)
+        gathers = others * share * case.parameter_bytes * case.gathers
+        traffic.add("weights", "all_gather", "fsdp", gathers)
+        traffic.add("gradients", "reduce_scatter", "fsdp", others * share * case.gradient_bytes)
+        copies = 2 * (self.replicate - 1) * share * case.gradient_bytes // self.replicate
+        traffic.add("gradients", "all_reduce", "fsdp", copies)
+        return traffic

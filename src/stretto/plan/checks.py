@@ -1,0 +1,32 @@
+"""What every option checks of its fields: degrees count ranks, words come from a list."""
+
+from __future__ import annotations
+
+from stretto.errors import PlanMismatch
+
+#: For pydantic: a field that an option does not have is an error.
+FORBID = {"extra": "forbid"}
+
+
+def check_degree(axis: str, degree: int) -> None:
+    """Raise PlanMismatch unless `degree` is at least 1."""
+    if degree < 1:
+        raise PlanMismatch(f"{axis}={degree}: a degree counts ranks and is at least 1")
+
+
+def check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise PlanMismatch, listing what is known, unless `value` is among it."""
+    if value not in known:
+        raise PlanMismatch(f"{what} {value!r} is unknown; known are {', '.join(known)}")
+
+
+def check_divides(what: str, part: int, whole: int) -> None:
+    """Raise PlanMismatch, listing what divides `whole`, unless `part` does."""
+    if part < 1 or whole % part:
+        legal = ", ".join(map(str, divisors(whole)))
+        raise PlanMismatch(f"{what} {part} does not divide {whole}; legal are {legal}")
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]

@@ -1,0 +1,403 @@
+"""The option of the `cp` axis: one sequence over P = ulysses x team x ring ranks, exactly.
+
+`ulysses` splits heads (an all-to-all before and after), `team` shares queries (gathered, partial
+outputs reduced), `ring` moves keys and values (gradients return to their owner). Ring attention,
+Ulysses, USP, double ring, all-gather, StarTrail's concentric rings and the tile are points.
+
+A rank's logical index is (ring * team degree + team) * ulysses degree + ulysses, its position on
+the mesh axis `cp`; shards follow it. Schedules of two levels name the axes they send on
+(`ring_out`, `team_in`, ...); those of one level use `ring` and `team`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from stretto.errors import PlanMismatch
+from stretto.plan.checks import (
+    FORBID,
+    check_choice,
+    check_degree,
+    check_divides,
+    divisors,
+)
+from stretto.plan.traffic import Traffic
+
+if TYPE_CHECKING:
+    from stretto.plan.ranges import Mask, Spans
+
+LAYOUTS = ("auto", "zigzag", "contiguous", "documents")
+KEEPS = ("none", "far", "all")
+PASSES = ("forward", "backward")
+
+#: Half-open ranges of global positions for every rank, for layouts written out.
+Ranges = tuple[tuple[tuple[int, int], ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ring:
+    """Ring attention: blocks pass from rank to rank, each rank keeps what rests.
+
+    `circulate`: what moves in backward, keys and values with their gradients, or queries with
+    theirs. `gradients`: `owner` sends every partial straight home, `ride` lets a sum travel with
+    its block, as published. `prune`: a block travels only as far as somebody sees it.
+    `keep`: which received blocks backward finds in memory; `far` and `all` are the same here.
+    `grad_wire`: dtype of travelling gradients, that of the inputs or float32.
+    Source: Ring Attention, ICLR 2024; BurstAttention for moving queries.
+    """
+
+    __pydantic_config__ = FORBID
+    kind: Literal["ring"] = "ring"
+    circulate: Literal["kv", "q"] = "kv"
+    gradients: Literal["owner", "ride"] = "owner"
+    prune: bool = True
+    keep: Literal["none", "far", "all"] = "none"
+    grad_wire: Literal["input", "float32"] = "input"
+
+    def __post_init__(self):
+        check_choice("circulate", self.circulate, ("kv", "q"))
+        check_choice("gradients", self.gradients, ("owner", "ride"))
+        check_choice("keep", self.keep, KEEPS)
+        check_choice("grad_wire", self.grad_wire, ("input", "float32"))
+
+    def short(self) -> str:
+        words = [] if self.circulate == "kv" else ["moves q"]
+        words += ["ride"] * (self.gradients == "ride")
+        words += ["unpruned"] * (not self.prune)
+        return " ".join(["ring", *words, *_tail(self.keep, self.grad_wire)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoubleRing:
+    """A ring of rings: blocks circle among `inner` ranks, and cross to the next circle once.
+
+    Gradients go to their owner in two stages. Source: LoongTrain, 2024, section 4.
+    """
+
+    __pydantic_config__ = FORBID
+    kind: Literal["double-ring"] = "double-ring"
+    inner: int
+    prune: bool = True
+    keep: Literal["none", "far", "all"] = "none"
+    grad_wire: Literal["input", "float32"] = "input"
+
+    def __post_init__(self):
+        check_degree("inner", self.inner)
+        check_choice("keep", self.keep, KEEPS)
+        check_choice("grad_wire", self.grad_wire, ("input", "float32"))
+
+    def short(self) -> str:
+        return " ".join([f"double-ring {self.inner}", *_tail(self.keep, self.grad_wire)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gather:
+    """All keys and values to every rank at once: one exchange, memory of the whole sequence.
+
+    Source: Llama 3 herd of models, 2024, section 3.3.2.
+    """
+
+    __pydantic_config__ = FORBID
+    kind: Literal["gather"] = "gather"
+    keep: Literal["none", "all"] = "none"
+
+    def __post_init__(self):
+        check_choice("keep", self.keep, ("none", "all"))
+
+    def short(self) -> str:
+        return " ".join(["gather", *_tail(self.keep, "input")])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StarTrail:
+    """Concentric rings: teams gather queries, keys and values, place keys and values across
+    teams, and walk sub-rings of ring / team ranks.
+
+    `circulate`: what moves in backward, queries with their gradients as published, or keys and
+    values. `keep`: `far` keeps the placed keys and values for backward, `all` also what the
+    sub-ring brought. Source: StarTrail, NeurIPS 2025, section 3.
+    """
+
+    __pydantic_config__ = FORBID
+    kind: Literal["startrail"] = "startrail"
+    circulate: Literal["q", "kv"] = "q"
+    keep: Literal["none", "far", "all"] = "none"
+
+    def __post_init__(self):
+        check_choice("circulate", self.circulate, ("q", "kv"))
+        check_choice("keep", self.keep, KEEPS)
+
+    def short(self) -> str:
+        moves = [] if self.circulate == "q" else ["moves kv"]
+        return " ".join(["startrail", *moves, *_tail(self.keep, "input")])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """Rows by columns: queries gathered over the team, single blocks ring down a column.
+
+    `team_inner`, `ring_inner`: how much of each degree lies within a node; 1 and 1 is a plan of
+    one level. `keep`: which received blocks backward finds in memory (`far`: those that crossed
+    nodes). `grad_wire`: dtype of travelling gradients, that of the inputs or float32.
+    """
+
+    __pydantic_config__ = FORBID
+    kind: Literal["tile"] = "tile"
+    team_inner: int = 1
+    ring_inner: int = 1
+    prune: bool = True
+    keep: Literal["none", "far", "all"] = "none"
+    grad_wire: Literal["input", "float32"] = "input"
+
+    def __post_init__(self):
+        check_degree("team_inner", self.team_inner)
+        check_degree("ring_inner", self.ring_inner)
+        check_choice("keep", self.keep, KEEPS)
+        check_choice("grad_wire", self.grad_wire, ("input", "float32"))
+
+    def short(self) -> str:
+        inner = (f"team {self.team_inner}", f"ring {self.ring_inner}")
+        words = [f"inner {' '.join(inner)}"] * (self.team_inner * self.ring_inner > 1)
+        words += ["unpruned"] * (not self.prune)
+        return " ".join(["tile", *words, *_tail(self.keep, self.grad_wire)])
+
+
+Schedule = Ring | DoubleRing | Gather | StarTrail | Tile
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCase:
+    """What the bytes of one attention call depend on.
+
+    `item_bytes`: of q, k and v. `q_rows`, `kv_rows`: global positions held by every rank, by
+    logical index. `rank`: the logical index asked about. `return_lse`: whether the statistics
+    travel home too.
+    """
+
+    batch: int
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    item_bytes: int
+    q_rows: tuple[Spans, ...]
+    kv_rows: tuple[Spans, ...]
+    mask: Mask
+    rank: int = 0
+    return_lse: bool = False
+
+    @property
+    def stat_bytes(self) -> int:
+        """Of a log-sum-exp or delta: float32, float64 where the inputs are."""
+        return max(4, self.item_bytes)
+
+    def at(self, rank: int) -> AttentionCase:
+        """The same call seen from another rank."""
+        return replace(self, rank=rank)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """One sequence over `ulysses` x `team` x `ring` ranks.
+
+    `layout`: which positions a rank holds: zigzag, contiguous, documents, ranges written out, or
+    `auto` by the mask. The default schedule is the tile, which with a team of one is the ring.
+    Raises PlanMismatch, listing the legal values, when degrees do not fit the schedule.
+    """
+
+    __pydantic_config__ = FORBID
+    ulysses: int = 1
+    team: int = 1
+    ring: int = 1
+    schedule: Schedule = field(default_factory=Tile)
+    layout: str | Ranges = "auto"
+
+    def __post_init__(self):
+        for axis in ("ulysses", "team", "ring"):
+            check_degree(axis, getattr(self, axis))
+        if isinstance(self.layout, str):
+            check_choice("layout", self.layout, LAYOUTS)
+        elif len(self.layout) != self.degree:
+            raise PlanMismatch(
+                f"layout: ranges for {len(self.layout)} ranks, the plan has {self.degree}"
+            )
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        schedule = self.schedule
+        if isinstance(schedule, StarTrail) and self.ring % self.team:
+            ranks = self.team * self.ring
+            legal = [c for c in divisors(ranks) if ranks % (c * c) == 0]
+            raise PlanMismatch(
+                f"startrail: team {self.team} needs team^2 to divide the {ranks} ranks of team x "
+                f"ring; legal teams are {', '.join(map(str, legal))}\n"
+                f"  to fix: one of those, or schedule tile, which takes any team"
+            )
+        if isinstance(schedule, Ring | DoubleRing) and self.team > 1:
+            raise PlanMismatch(
+                f"schedule {schedule.kind} has no team, got team={self.team}; "
+                "teams belong to tile and startrail, legal here is team 1"
+            )
+        if isinstance(schedule, DoubleRing):
+            check_divides("double-ring: inner", schedule.inner, self.ring)
+        if isinstance(schedule, Tile):
+            check_divides("tile: team_inner", schedule.team_inner, self.team)
+            check_divides("tile: ring_inner", schedule.ring_inner, self.ring)
+
+    @property
+    def degree(self) -> int:
+        """Ranks that share one sequence."""
+        return self.ulysses * self.team * self.ring
+
+    @property
+    def inner(self) -> tuple[int, int]:
+        """How much of team and ring lies within a node."""
+        if isinstance(self.schedule, Tile):
+            return self.schedule.team_inner, self.schedule.ring_inner
+        return (1, self.schedule.inner) if isinstance(self.schedule, DoubleRing) else (1, 1)
+
+    @property
+    def two_level(self) -> bool:
+        """Whether the schedule treats node and in-node ranks differently."""
+        return self.inner != (1, 1)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the mesh axes that make up `cp`."""
+        team_in, ring_in = self.inner
+        return {
+            "ring_out": self.ring // ring_in,
+            "team_out": self.team // team_in,
+            "ring_in": ring_in,
+            "team_in": team_in,
+            "ulysses": self.ulysses,
+        }
+
+    def levels(self, axis: str) -> tuple[tuple[str, int], ...]:
+        """(mesh axis, size) of `ring` or `team`, outer level first; one entry for one level."""
+        if not self.two_level:
+            return ((axis, getattr(self, axis)),)
+        sizes = self.sizes
+        return tuple((f"{axis}_{level}", sizes[f"{axis}_{level}"]) for level in ("out", "in"))
+
+    def short(self) -> str:
+        degrees = [
+            f"{axis}{getattr(self, axis)}"
+            for axis in ("ring", "team", "ulysses")
+            if getattr(self, axis) > 1
+        ]
+        kind = self.schedule.short()
+        words = [" x ".join(degrees) or "one rank"]
+        words += [kind] * (kind not in ("tile", "ring") or self.team > 1)
+        words += [self.layout if isinstance(self.layout, str) else "ranges"]
+        return f"cp{self.degree}({', '.join(words)})"
+
+    def check_heads(self, heads_q: int, heads_kv: int) -> None:
+        """Raise PlanMismatch, listing legal degrees with their bytes, unless heads can be split."""
+        legal = legal_ulysses(heads_q, heads_kv, self.degree)
+        if self.ulysses in legal:
+            return
+        ways = [
+            f"ulysses {u} x ring {self.degree // u} "
+            f"({forward_blocks(u, 1, self.degree // u, heads_q, heads_kv):.4g} blocks forward)"
+            for u in legal
+        ]
+        raise PlanMismatch(
+            f"ulysses {self.ulysses} does not fit {heads_q} query and {heads_kv} key/value heads\n"
+            "  why: each Ulysses rank owns whole heads, so ulysses divides the query heads, and "
+            "divides or is a multiple of the key/value heads\n"
+            f"  to fix: {', '.join(ways)}"
+        )
+
+    def wire(self, case: AttentionCase, passes: Sequence[str] = PASSES) -> Traffic:
+        """Bytes that rank `case.rank` sends to others in one call, per phase, verb and axis."""
+        from stretto.plan.schedule import schedule
+
+        return schedule(self, case).traffic(passes)
+
+    @classmethod
+    def named(cls, name: str, ranks: int) -> Context:
+        """A published point or one of ours, for `ranks` ranks.
+
+        ring, double-ring(inner), kv-allgather, ulysses, usp(ulysses), startrail(team), tile(team),
+        ulysses(u) x tile(team), pass-q. Published points neither prune nor return gradients to
+        their owners at once. Raises PlanMismatch, listing names or legal degrees.
+        """
+        return _named(name, ranks)
+
+
+def legal_ulysses(heads_q: int, heads_kv: int, ranks: int) -> list[int]:
+    """Degrees that divide the ranks and split these heads into whole ones, ascending."""
+    return [
+        u
+        for u in divisors(ranks)
+        if heads_q % u == 0 and (heads_kv % u == 0 or u % heads_kv == 0)
+    ]
+
+
+def forward_blocks(u: int, a: int, b: int, heads_q: int, heads_kv: int) -> float:
+    """Blocks a rank sends forward at ulysses u, team a, ring b; one block is its share of q.
+
+    (2 + 2g)(u-1)/u + 2(a-1) + 2g(b-1), with g = key/value heads per query head, or u per query
+    head where u exceeds the key/value heads.
+    """
+    g = max(u, heads_kv) / heads_q
+    return (2 + 2 * g) * (u - 1) / u + 2 * (a - 1) + 2 * g * (b - 1)
+
+
+def named_points(ranks: int, heads_q: int, heads_kv: int) -> dict[str, Context]:
+    """Every legal named point of one level for `ranks` ranks and these heads, by name."""
+    inner = [d for d in divisors(ranks) if 1 < d < ranks]
+    names = ["ring", *(f"double-ring({d})" for d in inner), "kv-allgather", "ulysses"]
+    names += [f"usp({d})" for d in inner]
+    names += [f"startrail({d})" for d in inner if ranks % (d * d) == 0]
+    names += [f"tile({d})" for d in inner]
+    for u in inner:
+        names += [f"ulysses({u}) x tile({a})" for a in divisors(ranks // u) if 1 < a < ranks // u]
+    points = {name: _named(name, ranks) for name in [*names, "pass-q"]}
+    legal = legal_ulysses(heads_q, heads_kv, ranks)
+    return {name: point for name, point in points.items() if point.ulysses in legal}
+
+
+_NAMES = (
+    "ring, double-ring(inner), kv-allgather, ulysses, usp(ulysses), startrail(team), tile(team), "
+    "ulysses(u) x tile(team), pass-q"
+)
+
+
+def _named(name: str, ranks: int) -> Context:
+    both = re.fullmatch(r"ulysses\((\d+)\) x tile\((\d+)\)", name)
+    if both:
+        u, a = map(int, both.groups())
+        check_divides(f"{name}: ulysses x team", u * a, ranks)
+        return Context(ulysses=u, team=a, ring=ranks // (u * a))
+    one = re.fullmatch(r"([a-z-]+)(?:\((\d+)\))?", name)
+    kind, degree = (one[1], int(one[2] or 0)) if one else ("", 0)
+    published = Ring(gradients="ride", prune=False)
+    plain = {
+        "ring": lambda: Context(ring=ranks, schedule=published),
+        "kv-allgather": lambda: Context(ring=ranks, schedule=Gather()),
+        "ulysses": lambda: Context(ulysses=ranks),
+        "pass-q": lambda: Context(team=ranks),
+    }
+    if kind in plain and not degree:
+        return plain[kind]()
+    split = {
+        "double-ring": lambda rest: Context(
+            ring=ranks, schedule=DoubleRing(inner=degree, prune=False)
+        ),
+        "usp": lambda rest: Context(ulysses=degree, ring=rest, schedule=published),
+        "startrail": lambda rest: Context(team=degree, ring=rest, schedule=StarTrail()),
+        "tile": lambda rest: Context(team=degree, ring=rest),
+    }
+    if kind not in split or not degree:
+        raise PlanMismatch(f"no attention plan is named {name!r}; known are {_NAMES}")
+    check_divides(name, degree, ranks)
+    return split[kind](ranks // degree)
+
+
+def _tail(keep: str, grad_wire: str) -> list[str]:
+    words = [] if keep == "none" else [f"keep {keep}"]
+    return words + ([] if grad_wire == "input" else [f"{grad_wire} gradients"])
