@@ -28,7 +28,7 @@ class ShapeMismatch(ConfigError):
 
 
 class UnsupportedModel(ConfigError, NotImplementedError):
-    """A model or an attention call that cannot be split exactly, with the reason and the way out."""
+    """A model or attention call that cannot be split exactly, with the reason and a way out."""
 
 
 class ShapeError(ConfigError):

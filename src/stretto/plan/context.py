@@ -331,9 +331,7 @@ class Context:
 def legal_ulysses(heads_q: int, heads_kv: int, ranks: int) -> list[int]:
     """Degrees that divide the ranks and split these heads into whole ones, ascending."""
     return [
-        u
-        for u in divisors(ranks)
-        if heads_q % u == 0 and (heads_kv % u == 0 or u % heads_kv == 0)
+        u for u in divisors(ranks) if heads_q % u == 0 and (heads_kv % u == 0 or u % heads_kv == 0)
     ]
 
 
