@@ -23,10 +23,6 @@ class Infeasible(PlanMismatch):
     """A plan that does not fit in memory, with how much is missing."""
 
 
-class ShapeMismatch(ConfigError):
-    """Tensors, lengths or masks that do not fit together, with both values."""
-
-
 class UnsupportedModel(ConfigError, NotImplementedError):
     """A model or attention call that cannot be split exactly, with the reason and a way out."""
 
