@@ -5,7 +5,7 @@ import torch
 
 from stretto.diffusion.api import emulate
 from stretto.diffusion.batched import joined
-from stretto.diffusion.guidance import Denoise
+from stretto.diffusion.denoise import Denoise
 from stretto.errors import PlanMismatch, UnsupportedPipeline
 from stretto.plan.model import Plan
 from stretto.plan.options import Steps

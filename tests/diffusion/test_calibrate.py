@@ -95,7 +95,8 @@ def test_windows_that_forget_to_return_to_the_record_would_be_noticed(monkeypatc
     known = record(pipe, call)
     monkeypatch.setattr(module, "_REPRODUCIBLE", 0.0)
     local_errors(pipe, call, known, Steps(degree=3, predictor="repeat"))
-    monkeypatch.setattr(module._Measuring, "_back_on_record", lambda self: self.port._last)
+    gone_on = lambda self: self.run.port._last_result  # noqa: E731
+    monkeypatch.setattr(module._MeasuredWindows, "_back_on_record", gone_on)
     with pytest.raises(UnsupportedPipeline, match="does not repeat"):
         local_errors(pipe, call, known, Steps(degree=3, predictor="repeat"))
 

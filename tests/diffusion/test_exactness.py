@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from stretto.diffusion.api import emulate
+from stretto.diffusion.handover import Handover
 from stretto.diffusion.randomness import Randomness
 from stretto.diffusion.scheduler import SchedulerPort
-from stretto.diffusion.steps import StepRun
 from stretto.plan.model import Plan
 from stretto.plan.options import Fixed, Guidance, Listed, Steps
 from stretto.search import windows
@@ -64,9 +64,9 @@ def test_the_oracle_notices(mutation, name, monkeypatch):
     elif mutation == "no random state":
         monkeypatch.setattr(Randomness, "restore", lambda self, states: None)
     elif mutation == "stale sample":
-        monkeypatch.setattr(StepRun, "_continued", lambda self, call, result: call)
+        monkeypatch.setattr(Handover, "continued", lambda self, call, result: call)
     else:
-        monkeypatch.setattr("stretto.diffusion.steps.extras_of", lambda result: ())
+        monkeypatch.setattr("stretto.diffusion.handover.extras_of", lambda result: ())
     assert not oracle_is_exact(case, known, 3)
 
 

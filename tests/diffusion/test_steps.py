@@ -37,7 +37,7 @@ def alone(plan):
 
 def test_mesh_and_plan_must_agree():
     context = parallelized(DDIM.pipeline(), Plan(step=2), mesh=alone(Plan()))
-    with pytest.raises(PlanMismatch, match="the plan has step 2 x cfg 1, the mesh step 1 x cfg 1"):
+    with pytest.raises(PlanMismatch, match="the plan has step 2, the mesh step 1; make the mesh"):
         context.__enter__()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stretto.diffusion.calibration import resolved
 from stretto.diffusion.hooks import Attachment
+from stretto.diffusion.once import Once
 from stretto.diffusion.predict import Predictor
 from stretto.diffusion.remembered import Remembered
 from stretto.diffusion.report import Report
@@ -51,9 +52,10 @@ def parallelized(
     chosen = plan if isinstance(plan, Plan) else read_plan(plan)
     chosen = resolved(chosen, pipe, mesh=mesh, denoiser=denoiser)
     if dict(chosen.sizes) != dict(mesh.sizes):
+        split = [a for a, size in chosen.sizes.items() if max(size, mesh.size(a)) > 1]
+        ours, theirs = (_axes(sizes, split) for sizes in (chosen.sizes, mesh.sizes))
         raise PlanMismatch(
-            f"the plan has {_axes(chosen.sizes)}, the mesh {_axes(mesh.sizes)}; "
-            "make the mesh with init_mesh(plan)"
+            f"the plan has {ours}, the mesh {theirs}; make the mesh with init_mesh(plan)"
         )
     options = {"denoiser": denoiser, "predictor": predictor, "debug": debug}
     attachment = Attachment(pipe, chosen, mesh, **options).attach()
@@ -71,6 +73,7 @@ def emulate(
     denoiser: str | None = None,
     predictors: Sequence[Predictor] | None = None,
     batched: bool = False,
+    reuse: bool = False,
     timeout_s: float = TIMEOUT_S,
 ) -> Iterator[Emulation]:
     """Like `parallelized`, with all ranks played in turn by this process, on one device.
@@ -80,9 +83,10 @@ def emulate(
     `.reports` and `.results` of all ranks. `predictors`, one per rank, replace the plan's.
     `batched` evaluates each window as one forward pass on W times the rows, which is faster where
     launching kernels takes the time, and equal up to round-off (Plan.cfg must be 1).
+    `reuse` makes evaluations that several ranks repeat on equal inputs only once: the same bits
+    sooner, from a denoiser that gives equal outputs for equal inputs. Reports count as for ranks.
     A stochastic scheduler needs an explicit generator: UnsupportedPipeline.
     """
-    options = {"denoiser": denoiser, "predictors": predictors, "batched": batched}
     chosen = plan if isinstance(plan, Plan) else read_plan(plan)
     chosen = resolved(chosen, pipe, denoiser=denoiser)
     plain = type(pipe)
@@ -91,7 +95,8 @@ def emulate(
             f"batched windows with cfg={chosen.cfg.degree}: one device holds both branches "
             "in one batch already; use cfg=1"
         )
-    emulation = Emulation(pipe, chosen, timeout_s=timeout_s, **options)
+    ways = {"batched": batched, "reuse": reuse, "timeout_s": timeout_s}
+    emulation = Emulation(pipe, chosen, denoiser, predictors, **ways)
 
     class Emulated(plain):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,6 +120,7 @@ class Emulation:
     denoiser: str | None = None
     predictors: Sequence[Predictor] | None = None
     batched: bool = False
+    reuse: bool = False
     timeout_s: float = TIMEOUT_S
     reports: list[Report] = field(default_factory=list)
     results: list = field(default_factory=list)
@@ -122,6 +128,7 @@ class Emulation:
     def __post_init__(self):
         self._plain = type(self.pipe)
         self._remembered: dict[int, Remembered] = {}
+        self._once: Once | None = None
 
     @property
     def report(self) -> Report:
@@ -133,9 +140,11 @@ class Emulation:
         device = getattr(self.pipe, "device", "cpu")
         world = LocalWorld(self.plan.sizes, device=device, timeout_s=self.timeout_s)
         inherited = _modes(torch.device(device).type)
+        self._once = Once() if self.reuse else None
         try:
             outcomes = world.run(lambda mesh: self._rank(mesh, inherited, original, args, kwargs))
         finally:
+            self._once = None
             # Asked first: ranks that drew different latents fail for many reasons after that.
             self._refuse_shared_draws(before)
         self.results = [result for result, _ in outcomes]
@@ -165,6 +174,7 @@ class Emulation:
             predictor=predictor,
             remembered=remembered,
             batched=self.batched,
+            once=self._once,
         ).attach()
         try:
             with inherited():
@@ -210,5 +220,5 @@ def _modes(device: str) -> Callable[[], ExitStack]:
     return enter
 
 
-def _axes(sizes: Any) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+def _axes(sizes: Mapping[str, int], names: Sequence[str]) -> str:
+    return " x ".join(f"{axis} {sizes[axis]}" for axis in names)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stretto.diffusion.guidance import Denoise, cut, tensors_of
+from stretto.diffusion.denoise import Denoise, cut, tensors_of
 from stretto.errors import UnsupportedPipeline
 from stretto.mesh.local import LocalMesh
 

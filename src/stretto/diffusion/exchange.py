@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from stretto.diffusion.denoise import tensors_of
 from stretto.errors import NonFinite, RanksDisagree
 from stretto.mesh.mesh import Mesh
 from stretto.plan.options import HEADER_BYTES
@@ -54,6 +56,24 @@ def gather(mesh: Mesh, guided: Tensor | None, like: Tensor, header: Header) -> l
     for position, prediction in enumerate(found):
         check_finite(prediction, position, header.start + position)
     return found
+
+
+def check_start(mesh: Mesh, *arguments: Any) -> None:
+    """Compare the tensors of a first denoiser call: ranks must not blend two pictures.
+
+    Takes the mesh without its counter: what control costs is no part of a plan's bytes.
+    Raises RanksDisagree.
+    """
+    if mesh.world_size == 1:
+        return
+    own = digest(*tensors_of(arguments))
+    for rank, seen in enumerate(mesh.gather_bytes(own)):
+        if seen != own:
+            raise RanksDisagree(
+                f"first denoiser call: rank {rank} has inputs {seen.hex()[:8]}, rank "
+                f"{mesh.world_rank} {own.hex()[:8]} (hash of latents, timestep and "
+                "embeddings); pass the same prompt, seed and sizes on every rank"
+            )
 
 
 def check_finite(guided: Tensor, rank: int, step: int) -> None:

@@ -16,7 +16,8 @@ import torch
 
 from stretto.diffusion.adapters import SIDE_NETWORKS, denoisers_of, family_of
 from stretto.diffusion.batched import Meeting
-from stretto.diffusion.guidance import NEVER_SPLIT, Denoise
+from stretto.diffusion.denoise import NEVER_SPLIT, Denoise
+from stretto.diffusion.once import Once
 from stretto.diffusion.predict import Predictor
 from stretto.diffusion.randomness import Randomness
 from stretto.diffusion.remembered import Remembered
@@ -48,6 +49,7 @@ class Attachment:
         predictor: Predictor | None = None,
         remembered: Remembered | None = None,
         batched: bool = False,
+        once: Once | None = None,
         debug: bool = False,
     ):
         self.pipe = pipe
@@ -56,6 +58,7 @@ class Attachment:
         self.predictor = predictor
         self.batched = batched
         self.debug = debug
+        self._once = once
         self.family = family_of(pipe)
         self.report: Report | None = None
         self._run: StepRun | None = None
@@ -120,12 +123,13 @@ class Attachment:
             )
         splits = name not in SIDE_NETWORKS
         never_split = NEVER_SPLIT | self.family.never_split
+        evaluate = self._once.wrapped(name, original) if self._once else original
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._run is None:
                 return original(*args, **kwargs)
-            return self._run.denoise(Denoise(name, original, args, kwargs, splits, never_split))
+            return self._run.denoise(Denoise(name, evaluate, args, kwargs, splits, never_split))
 
         setattr(forward, _OURS, True)
         self._put(module, attribute, forward)

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from stretto.diffusion.hooks import Attachment
 from stretto.diffusion.predict import Extrapolation
+from stretto.diffusion.replay import Replay
 from stretto.diffusion.report import Report
 from stretto.diffusion.scheduler import StepCall, sample_of
 from stretto.diffusion.steps import StepRun
+from stretto.diffusion.walk import Walk
 from stretto.errors import LatentsEdited, UnsupportedPipeline
 from stretto.mesh.local import LocalWorld
 from stretto.plan.model import Plan
@@ -53,6 +55,17 @@ class Record:
     @property
     def num_steps(self) -> int:
         return len(self.guided)
+
+    def check_repeats(self, step: int, guided: Tensor) -> None:
+        """Raise UnsupportedPipeline for a prediction that is not the recorded one."""
+        known = self.guided[step]
+        off = (guided.double() - known.double()).norm() / known.double().norm().clamp_min(1e-30)
+        if not off <= _REPRODUCIBLE:
+            raise UnsupportedPipeline(
+                f"the call does not repeat: at step {step} the prediction is off by {off:.1%} of "
+                "what the same call predicted before; pass "
+                "generator=torch.Generator().manual_seed(...) in every call"
+            )
 
     def clear(self) -> None:
         for values in (self.noise, self.guided, self.results, self.states, self.random):
@@ -149,40 +162,56 @@ class _Recording(StepRun):
 
 
 class _Measuring(StepRun):
-    """One rank that walks all positions of a window in turn, and then returns to the record."""
+    """One rank that evaluates all positions of a window in turn."""
 
     def __init__(self, *args: Any, record: Record, errors: Errors, **kwargs: Any):
-        self._record = record
-        self._found = errors
+        self._measured = (record, errors)
         super().__init__(*args, **kwargs)
+
+    def _replay(self) -> Walk:
+        return _MeasuredWindows(self, *self._measured)
 
     @property
     def _evaluates(self) -> bool:
         return True
 
     def _exact(self, call: StepCall) -> Any:
-        self._check_repeats(call.guided)
+        self._measured[0].check_repeats(self.position, call.guided)
         return super()._exact(call)
 
-    def _toward_own(self, call: StepCall, inside: int) -> Any:
-        guess = self.predictor.guess(self.noise[self.position], inside + 1)
-        return self.port.real(call.replaced(model_output=guess))
+    def finish(self) -> Report:
+        # The report gathers errors of ranks that play one position each: here is but one rank.
+        self._refuse_open_window("the pipeline ended")
+        return self.report
 
-    def _close_replay(self) -> Any:
-        window, result = self.window, None
-        assert window.state is not None, "the window opened with a snapshot"
-        self._check_repeats(window.calls[0].guided)
-        self._rewind()
+
+class _MeasuredWindows(Replay):
+    """Windows that are compared with a record, prefix by prefix, and put back on it."""
+
+    def __init__(self, run: StepRun, record: Record, errors: Errors):
+        super().__init__(run)
+        self._record = record
+        self._found = errors
+
+    def toward_own(self, call: StepCall, inside: int) -> Any:
+        run = self.run
+        guess = run.predictor.guess(run.noise[run.position], inside + 1)
+        return run.port.real(call.replaced(model_output=guess))
+
+    def close(self) -> Any:
+        run, window, result = self.run, self.run.window, None
+        self._record.check_repeats(window.start, window.calls[0].guided)
+        self.rewind()
         for inside, seen in enumerate(window.calls):
-            call = self._continued(seen, result) if inside else seen
-            if self._carries:
+            call = run.handover.continued(seen, result) if inside else seen
+            position = window.start + inside
+            if self.carries:
                 # This one rank walked the guesses itself: `seen` holds the latents it evaluated on.
-                position = window.start + inside
-                carried = self._carried(seen.guided, call.sample, seen.sample, position)
+                carried = self.carried(seen.guided, call.sample, seen.sample, position)
                 call = call.replaced(model_output=carried)
-            result = self.port.real(call)
+            result = run.port.real(call)
             self._compare(window.start, inside + 1, sample_of(result))
-            self._remember(window.start + inside, self._record.guided[window.start + inside])
+            run.remember(position, self._record.guided[position])
         return self._back_on_record()
 
     def _compare(self, start: int, size: int, latents: Tensor) -> None:
@@ -192,27 +221,11 @@ class _Measuring(StepRun):
 
     def _back_on_record(self) -> Any:
         """The state after this window as the sequential run had it, and what its step returned."""
-        after = self.position + 1
-        if after < self._record.num_steps:
-            self.port.restore(self._record.states[after])
-            self.randomness.restore(self._record.random[after])
-        return self._record.results[self.position]
-
-    def _check_repeats(self, guided: Tensor) -> None:
-        start = self.window.start
-        known = self._record.guided[start]
-        off = (guided.double() - known.double()).norm() / known.double().norm().clamp_min(1e-30)
-        if not off <= _REPRODUCIBLE:
-            raise UnsupportedPipeline(
-                f"the call does not repeat: at step {start} the prediction is off by {off:.1%} of "
-                "what the same call predicted before; pass "
-                "generator=torch.Generator().manual_seed(...) in every call"
-            )
-
-    def finish(self) -> Report:
-        # The report gathers errors of ranks that play one position each: here is but one rank.
-        self._refuse_open_window("the pipeline ended")
-        return self.report
+        position = self.run.position
+        if position + 1 < self._record.num_steps:
+            self.run.port.restore(self._record.states[position + 1])
+            self.run.randomness.restore(self._record.random[position + 1])
+        return self._record.results[position]
 
 
 def _run(

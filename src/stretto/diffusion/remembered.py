@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stretto.diffusion.guidance import mapped
+from stretto.diffusion.denoise import mapped
 
 #: Forms of calls kept between generations; a service sees many prompt lengths.
 _KEPT = 8

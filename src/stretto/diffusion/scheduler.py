@@ -72,20 +72,20 @@ class SchedulerPort:
                 "step parallelism replays calls of the form step(model_output, t, sample); "
                 "use a scheduler of that form, or Plan(cfg=...) alone"
             )
-        self._last: Any = None
+        self._last_result: Any = None
 
     def bind(self, *args: Any, **kwargs: Any) -> StepCall:
         return StepCall(self.signature.bind(*args, **kwargs))
 
     def real(self, call: StepCall) -> Any:
         """A true step of the scheduler; its form is remembered for `unmoved`."""
-        self._last = self._step(*call.args, **call.kwargs)
-        return self._last
+        self._last_result = self._step(*call.args, **call.kwargs)
+        return self._last_result
 
     def unmoved(self, call: StepCall) -> Any:
         """What a real step would return in form and dtype, with the sample left as it is."""
-        sample = call.sample.to(sample_of(self._last).dtype)
-        return _with_sample(self._last, sample)
+        sample = call.sample.to(sample_of(self._last_result).dtype)
+        return _with_sample(self._last_result, sample)
 
     def snapshot(self) -> dict[str, Any]:
         """A copy of the mutable state: schedulers keep histories and counters on themselves."""

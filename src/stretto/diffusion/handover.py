@@ -1,0 +1,48 @@
+"""What a pipeline hands from one scheduler step to the next: latents, untouched, and extras."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from stretto.diffusion.randomness import Randomness
+from stretto.diffusion.scheduler import StepCall, extras_of, sample_of
+
+
+class Handover:
+    """The result of the step before, and what of it the pipeline passes on."""
+
+    def __init__(self, randomness: Randomness):
+        self._randomness = randomness
+        self._result: Any = None
+        self._recurrent: dict[str, int] = {}
+
+    def leave(self, result: Any) -> None:
+        """A step returned `result`; from here on random draws are the pipeline's own."""
+        self._result = result
+        self._randomness.mark()
+
+    def find_recurrent(self, call: StepCall) -> None:
+        """Note arguments that are an extra output of the step before, found by identity."""
+        if self._result is None:
+            return
+        for k, extra in enumerate(extras_of(self._result)):
+            for name, value in call.named.items():
+                if k and isinstance(extra, Tensor) and value is extra:
+                    self._recurrent[name] = k
+
+    def is_edited(self, call: StepCall) -> bool:
+        """Did the pipeline change latents, or draw random numbers, since the step before?"""
+        if self._result is None:
+            return False
+        before = sample_of(self._result)
+        same = before.shape == call.sample.shape and bool(
+            (before.to(call.sample.dtype) == call.sample).all()
+        )
+        return not same or self._randomness.moved()
+
+    def continued(self, call: StepCall, result: Any) -> StepCall:
+        """A recorded call on the true sample, cast as the pipeline cast it, with carried extras."""
+        carried = {name: extras_of(result)[k] for name, k in self._recurrent.items()}
+        return call.replaced(sample=sample_of(result).to(call.sample.dtype), **carried)

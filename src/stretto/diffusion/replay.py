@@ -1,0 +1,110 @@
+"""The replay walk: every rank takes all true steps of a window, once the predictions are gathered.
+
+Scheduler and generators go back to the window's start, so that histories and draws are those of
+the sequential run, on every rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stretto.diffusion import exchange
+from stretto.diffusion.exchange import Header
+from stretto.diffusion.scheduler import StepCall
+from stretto.diffusion.walk import Walk
+
+
+class Replay(Walk):
+    """Guesses up to the own position, an exchange at the end, then the true steps."""
+
+    name = "replay"
+
+    def step(self, call: StepCall, inside: int) -> Any:
+        if inside == self.run.window.size - 1:
+            return self.close()
+        return self.toward_own(call, inside)
+
+    def close(self) -> Any:
+        """Gather, go back to the window's start, take every true step; the last one's result."""
+        run, window = self.run, self.run.window
+        run.mesh.record(f"window {window.index}: waiting for predictions", waiting=True)
+        like = window.calls[0].guided
+        guided = exchange.gather(run.mesh, window.guided, like, self._header(like))
+        guesses = self._guessed_latents() if self.carries else []
+        self.rewind()
+        result: Any = None
+        for inside, (call, true) in enumerate(zip(window.calls, guided, strict=True)):
+            if inside:
+                call = run.handover.continued(call, result)
+            self._measure(inside, call.sample)
+            if guesses:
+                true = self.carried(true, call.sample, guesses[inside], window.start + inside)
+            result = run.port.real(call.replaced(model_output=true))
+            run.remember(window.start + inside, true)
+        return result
+
+    def rewind(self) -> None:
+        """Scheduler and generators as they were at the window's start."""
+        window = self.run.window
+        assert window.state is not None, "a window of several steps keeps its first state"
+        self.run.port.restore(window.state)
+        self.run.randomness.restore(window.random)
+
+    @property
+    def carries(self) -> bool:
+        """Whether predictions are carried from guessed to true latents; the published never are."""
+        run = self.run
+        here = run.noise[run.window.start]
+        return not run.predictor.needs_own_output and run.port.carry(here) != 0
+
+    def carried(self, guided: Tensor, true: Tensor, guess: Tensor, position: int) -> Tensor:
+        """A prediction made on `guess`, for the true latents; unchanged bits where they agree."""
+        if guided.shape != true.shape:
+            # Learned variances ride along in more channels: nothing is known of their change.
+            return guided
+        factor = self.run.port.carry(self.run.noise[position])
+        wide = torch.promote_types(guided.dtype, torch.float32)
+        moved = guided.to(wide) + factor * (true.to(wide) - guess.to(wide))
+        return torch.where(true == guess, guided, moved.to(guided.dtype))
+
+    def _guessed_latents(self) -> list[Tensor]:
+        """The latents on which every position's prediction was evaluated.
+
+        All ranks hold the history that guesses come from, so each walks them by itself: what the
+        scheduler computes need not be sent.
+        """
+        self.rewind()
+        run, window = self.run, self.run.window
+        latents, result = [], None
+        for inside, call in enumerate(window.calls):
+            if inside:
+                call = run.handover.continued(call, result)
+            latents.append(call.sample)
+            if inside < window.size - 1:
+                guess = run.predictor.guess(run.noise[window.start + inside], inside + 1)
+                result = run.port.real(call.replaced(model_output=guess))
+        return latents
+
+    def _measure(self, inside: int, true: Tensor) -> None:
+        """Relative error of the latents on which this rank evaluated its prediction."""
+        window = self.run.window
+        if inside != self.run.rank or window.guess is None:
+            return
+        error = (true.float() - window.guess.float()).square().mean().sqrt()
+        scale = true.float().square().mean().sqrt().clamp_min(1e-30)
+        self.run.report.own_error(window.start + inside, error / scale)
+
+    def _header(self, like: Tensor) -> Header:
+        run, first = self.run, self.run.window.calls[0].sample
+        return Header(
+            rank=run.rank,
+            start=run.window.start,
+            size=run.window.size,
+            dtype=str(like.dtype).removeprefix("torch."),
+            device=like.device.type,
+            shape=tuple(like.shape),
+            digest=exchange.digest(first) if run.debug else bytes(16),
+        )
