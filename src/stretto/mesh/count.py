@@ -27,6 +27,11 @@ class CountingMesh(Mesh):
         self._count(phase, "all_gather", axis, (self.size(axis) - 1) * _size(tensor))
         return self.mesh.all_gather(tensor, axis, phase)
 
+    def all_reduce(self, tensor, axis, phase):
+        ranks = self.size(axis)
+        self._count(phase, "all_reduce", axis, 2 * (ranks - 1) * _size(tensor) // ranks)
+        return self.mesh.all_reduce(tensor, axis, phase)
+
     def broadcast(self, tensor, axis, src, phase):
         copies = self.size(axis) - 1 if self.rank(axis) == src else 0
         self._count(phase, "broadcast", axis, copies * _size(tensor))
@@ -38,6 +43,21 @@ class CountingMesh(Mesh):
         copies = int(self.rank(axis) in moves)
         self._count(phase, "permute", axis, copies * _size(tensor))
         return self.mesh.permute(tensor, axis, moves, phase)
+
+    def exchange(self, sends, receives, axis, phase, *, verb="exchange", channel=0):
+        here = self.rank(axis)
+        sent = sum(_size(tensor) for position, tensor in sends.items() if position != here)
+        self._count(phase, verb, axis, sent)
+        return self.mesh.exchange(sends, receives, axis, phase, verb=verb, channel=channel)
+
+    def abort(self, reason):
+        self.mesh.abort(reason)
+
+    def check(self):
+        self.mesh.check()
+
+    def close(self):
+        self.mesh.close()
 
     def record(self, stage, *, waiting=False):
         self.mesh.record(stage, waiting=waiting)

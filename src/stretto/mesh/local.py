@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ class LocalWorld:
         self.turn = threading.Condition()
         self.slots: dict[tuple, dict[int, Any]] = {}
         self.readers: dict[tuple, int] = {}
+        self.mail: dict[tuple, deque[torch.Tensor]] = defaultdict(deque)
         self.failed: dict[int, BaseException] = {}
         self.stages: dict[int, str] = {}
 
@@ -66,6 +68,8 @@ class LocalWorld:
         for thread in threads:
             thread.join()
         self._raise_first()
+        unread = {key: len(letters) for key, letters in self.mail.items() if letters}
+        assert not unread, f"messages that nobody received: {unread}"
         return results
 
     def exchange(self, key: tuple, rank: int, value: Any, members: int) -> dict[int, Any]:
@@ -84,8 +88,7 @@ class LocalWorld:
         deadline = time.monotonic() + self.timeout_s
         while not ready():
             if self.failed:
-                names = "; ".join(f"rank {r}: {e!r}" for r, e in self.failed.items())
-                raise RankLost(f"rank {rank}: {what} cannot finish, lost: {names}")
+                raise RankLost(f"rank {rank}: {what} cannot finish, lost: {self.losses()}")
             left = deadline - time.monotonic()
             if left <= 0:
                 raise MeshTimeout(
@@ -93,6 +96,10 @@ class LocalWorld:
                     f"last records: {self.stages}"
                 )
             self.turn.wait(left)
+
+    def losses(self) -> str:
+        """The ranks that gave up, and why."""
+        return "; ".join(f"rank {rank}: {error!r}" for rank, error in self.failed.items())
 
     def _raise_first(self) -> None:
         """Raise what went wrong first, not what followed from it."""
@@ -122,6 +129,19 @@ class LocalMesh(Mesh):
 
         return Pending(finish)
 
+    def all_reduce(self, tensor, axis, phase):
+        gathered = self.all_gather(tensor, axis, phase)
+
+        def finish():
+            parts = gathered.wait()
+            if len(parts) > 1:
+                tensor.copy_(parts[0])
+                for part in parts[1:]:
+                    tensor.add_(part)
+            return tensor
+
+        return Pending(finish)
+
     def broadcast(self, tensor, axis, src, phase):
         if self.size(axis) == 1:
             return Pending(lambda: tensor)
@@ -147,8 +167,46 @@ class LocalMesh(Mesh):
                 return Pending(lambda key=key, src=src: self._receive(key, src))
         return Pending(lambda: None)
 
+    def exchange(self, sends, receives, axis, phase, *, verb="exchange", channel=0):
+        self.copy_own(sends, receives, axis)
+        here, peers = self.world_rank, self.peers(axis)
+        for position, tensor in sends.items():
+            if peers[position] != here and tensor.numel():
+                assert tensor.is_contiguous(), f"{verb} on {axis} for {phase}: strided tensor"
+                self.world.mail[here, peers[position], axis, channel].append(tensor.clone())
+        self.world.turn.notify_all()
+        what = f"{verb} on axis {axis} for {phase}"
+
+        def finish():
+            for position, buffer in receives.items():
+                if peers[position] != here and buffer.numel():
+                    self._collect((peers[position], here, axis, channel), buffer, what)
+            return dict(receives)
+
+        return Pending(finish)
+
+    def abort(self, reason):
+        self.world.failed.setdefault(self.world_rank, RankLost(reason))
+        self.world.turn.notify_all()
+
+    def check(self):
+        if self.world.failed:
+            raise RankLost(f"rank {self.world_rank} cannot go on, lost: {self.world.losses()}")
+
+    def close(self):
+        """Threads hold nothing."""
+
     def record(self, stage, *, waiting=False):
         self.world.stages[self.world_rank] = stage
+
+    def _collect(self, key: tuple, buffer: torch.Tensor, what: str) -> None:
+        letters = self.world.mail[key]
+        self.world.wait_until(lambda: bool(letters), f"{what} from rank {key[0]}", self.world_rank)
+        letter = letters.popleft()
+        fits = letter.numel() == buffer.numel() and letter.dtype == buffer.dtype
+        assert fits, f"{what}: sent {letter.shape} {letter.dtype}, got {buffer.shape}"
+        assert buffer.is_contiguous(), f"{what}: strided buffer"
+        buffer.copy_(letter.view(buffer.shape))
 
     def _receive(self, key: tuple, src: int) -> torch.Tensor:
         slots = self.world.slots

@@ -1,16 +1,15 @@
 """The mesh: ranks along named axes, and the collectives between them.
 
-`Mesh` is the contract, `ProcessMesh` carries it over torch.distributed, `init_mesh` makes the one
-a plan asks for. Nothing here reads a default group: the mesh is an argument.
+`Mesh` is the contract, `process.ProcessMesh` carries it over torch.distributed, `init_mesh` makes
+the one a plan asks for. Nothing here reads a default group: the mesh is an argument.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Generic, Protocol, TypeVar
 
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from stretto import axes
-from stretto.errors import MeshTimeout, PlanMismatch, RankLost
+from stretto.errors import PlanMismatch
 
 Result = TypeVar("Result")
 
@@ -46,7 +45,7 @@ class Pending(Generic[Result]):
 
 
 class Mesh(ABC):
-    """Ranks along axes. Axis None means all ranks, in rank order.
+    """Ranks along axes, plain or composite. Axis None means all ranks, in rank order.
 
     Verbs return `Pending`; inputs are contiguous, dtypes unchanged. `phase` names the work that
     the bytes belong to. Every wait ends within `timeout_s` seconds: MeshTimeout or RankLost.
@@ -63,7 +62,11 @@ class Mesh(ABC):
         self.world_rank = rank
         self.device = torch.device(device)
         self.timeout_s = timeout_s
-        self._place = axes.coordinates(rank, self.sizes)
+        self._place: dict[str | None, int] = {None: rank}
+        self._peers: dict[str | None, list[int]] = {None: list(range(self.world_size))}
+        for axis in axes.NAMES:
+            self._place[axis] = axes.position(rank, axis, self.sizes)
+            self._peers[axis] = axes.peers(rank, axis, self.sizes)
 
     @property
     def world_size(self) -> int:
@@ -71,23 +74,30 @@ class Mesh(ABC):
 
     def size(self, axis: str | None) -> int:
         """Number of ranks on an axis."""
-        return self.world_size if axis is None else self.sizes[axis]
+        return len(self._peers[axis])
 
     def rank(self, axis: str | None) -> int:
         """This rank's position on an axis."""
-        return self.world_rank if axis is None else self._place[axis]
+        return self._place[axis]
 
     def peers(self, axis: str | None) -> list[int]:
-        """World ranks of this rank's group on an axis, in axis order."""
-        if axis is None:
-            return list(range(self.world_size))
-        return axes.peers(self.world_rank, axis, self.sizes)
+        """World ranks of this rank's group on an axis, in axis order; not to be changed."""
+        return self._peers[axis]
 
     @abstractmethod
     def all_gather(
         self, tensor: torch.Tensor, axis: str | None, phase: str
     ) -> Pending[list[torch.Tensor]]:
         """Every rank's tensor, as a list in axis order; shapes and dtypes are equal."""
+
+    @abstractmethod
+    def all_reduce(
+        self, tensor: torch.Tensor, axis: str | None, phase: str
+    ) -> Pending[torch.Tensor]:
+        """The sum of every rank's tensor, in place; bitwise equal on all ranks of the axis.
+
+        The order of the sum is the carrier's, so two carriers may differ by rounding.
+        """
 
     @abstractmethod
     def broadcast(
@@ -106,8 +116,65 @@ class Mesh(ABC):
         """
 
     @abstractmethod
+    def exchange(
+        self,
+        sends: Mapping[int, torch.Tensor],
+        receives: Mapping[int, torch.Tensor],
+        axis: str | None,
+        phase: str,
+        *,
+        verb: str = "exchange",
+        channel: int = 0,
+    ) -> Pending[dict[int, torch.Tensor]]:
+        """Send `sends[p]` to position p and fill `receives[p]` with what position p sent here.
+
+        Sizes may differ from pair to pair; both ends of a message have equal size and dtype, and
+        an empty tensor is no message. An entry for oneself is copied. `sends` may be changed
+        and `receives` read after `wait()`, whose result is `receives`. Every rank of the axis
+        takes part, also with nothing. Exchanges of one `channel` follow one another, those of
+        different channels may overtake; `verb` is what bytes are recorded under.
+        """
+
+    @abstractmethod
     def record(self, stage: str, *, waiting: bool = False) -> None:
         """Note what this rank is doing, so that a timeout elsewhere can name the laggard."""
+
+    @abstractmethod
+    def abort(self, reason: str) -> None:
+        """End the waits of every rank of the mesh: they raise RankLost with this reason."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise RankLost when a rank has ended the mesh; verbs do this themselves."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of what the mesh holds beside its groups; collectives may not follow."""
+
+    @contextlib.contextmanager
+    def ending_peers(self, what: str) -> Iterator[None]:
+        """Inside, an error of this rank ends its peers' waits within about a second.
+
+        Peers raise RankLost that names this rank, `what` and the error.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.abort(f"{what}: {type(error).__name__}: {error}")
+            raise
+        self.check()
+
+    def copy_own(
+        self,
+        sends: Mapping[int, torch.Tensor],
+        receives: Mapping[int, torch.Tensor],
+        axis: str | None,
+    ) -> None:
+        """The part of an exchange that stays here; no carrier sends to itself."""
+        here = self.rank(axis)
+        assert (here in sends) == (here in receives), "an entry for oneself is sent and received"
+        if here in sends and sends[here].numel():
+            receives[here].copy_(sends[here])
 
     def barrier(self, axis: str | None = None) -> None:
         """Return once every rank of the axis is here."""
@@ -130,105 +197,6 @@ class Mesh(ABC):
         return _bytes_of(self.broadcast(buffer, axis, src, "control").wait())
 
 
-class ProcessMesh(Mesh):
-    """Ranks as processes of one torch.distributed job."""
-
-    def __init__(
-        self, sizes: Mapping[str, int], device: torch.device | str, store: dist.Store, **kwargs
-    ):
-        super().__init__(sizes, dist.get_rank(), device, **kwargs)
-        self._store = store
-        self._groups = {axis: self._own_group(axis) for axis in (*self.sizes, None)}
-
-    def _own_group(self, axis: str | None) -> dist.ProcessGroup | None:
-        """Groups of one axis; every rank creates all of them, in the same order."""
-        own: dist.ProcessGroup | None = None
-        done: set[tuple[int, ...]] = set()
-        for rank in range(self.world_size):
-            members = tuple(axes.peers(rank, axis, self.sizes) if axis else self.peers(None))
-            if members in done or len(members) == 1:
-                continue
-            done.add(members)
-            group = dist.new_group(list(members), timeout=timedelta(seconds=self.timeout_s))
-            if self.world_rank in members:
-                assert isinstance(group, dist.ProcessGroup), "a member gets its group"
-                own = group
-        return own
-
-    def all_gather(self, tensor, axis, phase):
-        group = self._groups[axis]
-        if group is None:
-            return Pending(lambda: [tensor])
-        parts = [torch.empty_like(tensor) for _ in range(self.size(axis))]
-        work = self._start(dist.all_gather, parts, tensor, group=group)
-        return Pending(lambda: self._finish(work, parts, axis, "all_gather"))
-
-    def broadcast(self, tensor, axis, src, phase):
-        group = self._groups[axis]
-        if group is None:
-            return Pending(lambda: tensor)
-        root = self.peers(axis)[src]
-        work = self._start(dist.broadcast, tensor, src=root, group=group)
-        return Pending(lambda: self._finish(work, tensor, axis, "broadcast"))
-
-    def permute(self, tensor, axis, moves, phase):
-        group, peers, here = self._groups[axis], self.peers(axis), self.rank(axis)
-        assert group is not None, f"permute on axis {axis} of one rank"
-        works, buffer = [], None
-        for src, dst in moves.items():
-            if here == src:
-                works.append(self._start(dist.isend, tensor, peers[dst], group=group))
-            elif here == dst:
-                buffer = torch.empty_like(tensor)
-                works.append(self._start(dist.irecv, buffer, peers[src], group=group))
-
-        def finish():
-            for work in works:
-                self._finish(work, None, axis, "permute")
-            return buffer
-
-        return Pending(finish)
-
-    def record(self, stage, *, waiting=False):
-        note = {"time": time.time(), "stage": stage, "waiting": waiting}
-        self._store.set(f"record/{self.world_rank}", json.dumps(note))
-
-    def _start(self, call: Callable, *args, **kwargs):
-        if call not in (dist.isend, dist.irecv):
-            kwargs["async_op"] = True
-        return call(*args, **kwargs)
-
-    def _finish(self, work, result, axis: str | None, verb: str):
-        try:
-            work.wait(timedelta(seconds=self.timeout_s))
-        except RuntimeError as error:
-            raise self._lost(axis, verb, error) from None
-        return result
-
-    def _lost(self, axis: str | None, verb: str, error: RuntimeError) -> MeshTimeout:
-        """The error of a failed wait, naming peers that were not waiting themselves."""
-        where = "all ranks" if axis is None else f"axis {axis}"
-        cause = str(error).strip().splitlines()[0][:200]
-        head = f"rank {self.world_rank}: {verb} on {where} failed"
-        try:
-            notes = {rank: self._note_of(rank) for rank in self.peers(axis)}
-        except RuntimeError:
-            return RankLost(f"{head}, and so did the launcher's store ({cause})")
-        lost = {r: n for r, n in notes.items() if r != self.world_rank and not n["waiting"]}
-        if not lost:
-            return MeshTimeout(
-                f"{head}: no answer within {self.timeout_s:g} s ({cause}); raise timeout_s"
-            )
-        names = "; ".join(_describe(rank, note) for rank, note in lost.items())
-        return RankLost(f"{head}, lost: {names} ({cause})")
-
-    def _note_of(self, rank: int) -> dict:
-        key = f"record/{rank}"
-        if not self._store.check([key]):
-            return {"time": None, "stage": "nothing yet", "waiting": False}
-        return json.loads(self._store.get(key))
-
-
 def init_mesh(
     plan: Sized, *, device: torch.device | str | None = None, timeout_s: float = TIMEOUT_S
 ) -> Mesh:
@@ -249,6 +217,8 @@ def init_mesh(
             f"the plan needs {wanted} ranks ({degrees}) but {dist.get_world_size()} were started; "
             "change the degrees or the number of ranks"
         )
+    from stretto.mesh.process import ProcessMesh
+
     return ProcessMesh(plan.sizes, chosen, store, timeout_s=timeout_s)
 
 
@@ -289,12 +259,6 @@ def _backend(device: torch.device) -> str:
     if device.type == "cuda" and local_ranks <= torch.cuda.device_count():
         return "cpu:gloo,cuda:nccl"
     return "gloo"
-
-
-def _describe(rank: int, note: Mapping) -> str:
-    if note["time"] is None:
-        return f"rank {rank} (recorded nothing)"
-    return f"rank {rank} ({time.time() - note['time']:.1f} s ago: {note['stage']})"
 
 
 def _byte_tensor(data: bytes) -> torch.Tensor:

@@ -126,9 +126,16 @@ def _collect(pipes: Sequence, ranks: Sequence, timeout_s: float) -> list:
         if not ready:
             missing = sorted(open_pipes.values())
             raise RankLost(f"ranks {missing} did not finish within {timeout_s:g} s")
+        failures = []
         for pipe in ready:
             rank = open_pipes[pipe]
-            results[rank] = _receive(pipe, rank, ranks[rank])
+            try:
+                results[rank] = _receive(pipe, rank, ranks[rank])
+            except (LaunchError, RankLost) as error:
+                failures.append(error)
+        if failures:
+            # A cause is told before what follows from it at peers, but here both may be ready.
+            raise min(failures, key=lambda error: "raised RankLost" in str(error))
     return [results[rank] for rank in range(len(pipes))]
 
 

@@ -1,0 +1,176 @@
+"""A rank that gives up ends its peers' waits: a record in the store, and a thread that looks.
+
+Gloo cannot wait in slices (a wait that times out closes every connection of its group, measured
+on torch 2.13), so what would be a slice's fault is the means: the watching thread lets a receive
+of one byte time out, and every wait on that group ends at once. NCCL's communicators are aborted.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from stretto.errors import MeshTimeout, RankLost
+
+#: Seconds between two looks at the abort record.
+LOOK_S = 0.5
+#: A message that nobody sends.
+_NEVER_SENT = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Await:
+    """What a rank waits for: a verb on an axis for a phase of the work, and whom."""
+
+    verb: str
+    axis: str | None
+    phase: str
+    channel: int = 0
+    peers: tuple[int, ...] = ()
+
+    def of(self, peers: Sequence[int]) -> Await:
+        return replace(self, peers=tuple(peers))
+
+    def head(self, rank: int) -> str:
+        where = "all ranks" if self.axis is None else f"axis {self.axis}"
+        return f"rank {rank}: {self.verb} on {where} failed"
+
+    def __str__(self) -> str:
+        return f"{self.verb} on {self.axis or 'all ranks'} for {self.phase}"
+
+
+class Watch:
+    """The abort record of a job, and the thread that follows it."""
+
+    def __init__(self, rank: int, ranks: int, store: dist.Store):
+        self.groups: list[dist.ProcessGroup] = []
+        self._rank = rank
+        self._ranks = ranks
+        self._store = store
+        # A client of its own: one that waits would keep the other from looking.
+        self._looking = store.clone()
+        self._waiting: tuple[Await, float] | None = None
+        self._told = False
+        self._reason = ""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="mesh-watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        # A thread inside torch while the interpreter ends would end the process by a signal.
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        atexit.unregister(self.stop)
+
+    @contextlib.contextmanager
+    def waiting(self, what: Await) -> Iterator[None]:
+        """Inside, this rank is known to wait, so that no peer takes it for the culprit."""
+        self._waiting = (what, time.monotonic())
+        try:
+            yield
+        finally:
+            self._waiting = None
+
+    def abort(self, reason: str) -> None:
+        """End every rank's waits with this reason, unless somebody else gave one before."""
+        record = {"rank": self._rank, "time": time.time(), "reason": reason}
+        with contextlib.suppress(RuntimeError):
+            self._store.compare_set("abort", "", json.dumps(record))
+        self._end_waits()
+
+    def reason(self) -> str:
+        """Who ended the mesh and why, "" while nobody did."""
+        if not self._reason and self._store.check(["abort"]):
+            self._reason = _words(json.loads(self._store.get("abort")))
+        return self._reason
+
+    def check(self, head: str) -> None:
+        """Raise RankLost once the watching thread has seen that somebody ended the mesh."""
+        if self._reason:
+            raise RankLost(f"{head} cannot go on, lost: {self._reason}")
+
+    def waits(self, rank: int) -> str:
+        """What a rank told that it is waiting for itself, "" if for nothing."""
+        key = f"waiting/{rank}"
+        return self._store.get(key).decode() if self._store.check([key]) else ""
+
+    def gather(self, key: object, members: Sequence[int], timeout_s: float) -> None:
+        """Return once all members are about to make the same group, which itself cannot be ended.
+
+        Raises RankLost, or MeshTimeout at the deadline.
+        """
+        name, deadline = f"group/{key}", time.monotonic() + timeout_s
+        count = self._store.add(name, 1)
+        pause_s = 0.0005
+        while count < len(members):
+            if self.reason():
+                raise RankLost(f"rank {self._rank}: no group of {members}, lost: {self._reason}")
+            if time.monotonic() > deadline:
+                raise MeshTimeout(
+                    f"rank {self._rank}: {count} of {len(members)} ranks came to make the group "
+                    f"of {members} within {timeout_s:g} s"
+                )
+            self._stop.wait(pause_s)
+            pause_s = min(2 * pause_s, 0.05)
+            count = self._store.add(name, 0)
+
+    def _follow(self) -> None:
+        while not self._stop.wait(LOOK_S):
+            try:
+                self._tell()
+                if self._looking.check(["abort"]):
+                    self._reason = _words(json.loads(self._looking.get("abort")))
+                    self._end_waits()
+                    return
+            except RuntimeError:
+                # The launcher is gone; connections end with it.
+                return
+
+    def _tell(self) -> None:
+        """Publish that this rank has been waiting for a while, or no longer is."""
+        waiting = self._waiting
+        if waiting and time.monotonic() - waiting[1] > LOOK_S:
+            self._looking.set(f"waiting/{self._rank}", str(waiting[0]))
+            self._told = True
+        elif self._told:
+            self._looking.set(f"waiting/{self._rank}", "")
+            self._told = False
+
+    def _end_waits(self) -> None:
+        for group in list(self.groups):
+            if _has(group, "cuda", "nccl"):
+                group.abort()
+            if _has(group, "cpu", "gloo"):
+                self._close(group)
+
+    def _close(self, group: dist.ProcessGroup) -> None:
+        """Let a receive time out: gloo then closes the group's connections, on both ends."""
+        peer = next(r for r in range(group.size()) if r != group.rank())
+        with contextlib.suppress(RuntimeError):
+            byte = torch.zeros(1, dtype=torch.uint8)
+            group.recv([byte], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
+
+
+def _has(group: dist.ProcessGroup, device: str, backend: str) -> bool:
+    try:
+        return group._get_backend(torch.device(device)).name() == backend
+    except RuntimeError:
+        return False
+
+
+def _words(record: dict) -> str:
+    ago = time.time() - record["time"]
+    return f"rank {record['rank']} ({ago:.1f} s ago: {record['reason']})"
