@@ -59,6 +59,8 @@ class Model:
     seconds: ClassVar[float]
     share: ClassVar[float]
     output: ClassVar[str] = "frames"
+    #: Launches outlast kernels on a slice: run the denoiser as CUDA graphs, in every row.
+    graphs: ClassVar[bool] = False
 
     def __init__(self, *, tiny: bool = False):
         self.tiny = tiny
@@ -198,14 +200,15 @@ class Svd(Model):
 class CogVideoX(Model):
     """CogVideoX-2b, 480 x 720, guidance in one batch of two.
 
-    The published run has 45 frames, 265 s in sequence on 14 SMs of an H200; here 21 by default,
-    with the published weights and steps.
+    The published run has 45 frames, 265 s in sequence on 14 SMs of an H200; here 17 by default,
+    with the published weights and steps. Latent frames must be odd in number: the VAE decodes an
+    even number of them to a length of its own.
     """
 
     name, denoiser, dtype = "cogvideox", "transformer", torch.float16
     parameters, warmup, claim = 1693.8e6, 13, 2.43
     reference = Shape(steps=50, frames=49, height=480, width=720)
-    shape = reference.but(frames=21)
+    shape = reference.but(frames=17)
     tiny_shape = Shape(steps=16, frames=9, height=96, width=160)
     seconds, share = 5.31, 0.095
 
@@ -285,6 +288,7 @@ class AudioLdm2(Model):
     seconds, share = 0.55, 0.095
     output = "audios"
     waveforms = 3
+    graphs = True
 
     def parts(self, shape: Shape) -> dict[str, Any]:
         import diffusers
@@ -342,8 +346,11 @@ class AudioLdm2(Model):
         return pipe.mel_spectrogram_to_waveform(pipe.vae.decode(piece).sample)
 
     def decoded_shape(self, pipe: Any, piece: Tensor) -> tuple[int, ...]:
-        rates = torch.tensor(pipe.vocoder.config.upsample_rates)
-        return (len(piece), piece.shape[2] * pipe.vae_scale_factor * int(rates.prod()))
+        config, samples = pipe.vocoder.config, piece.shape[2] * pipe.vae_scale_factor
+        # Transposed convolutions whose kernel and rate differ in parity add a sample each.
+        for rate, kernel in zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True):
+            samples = (samples - 1) * rate - 2 * ((kernel - rate) // 2) + kernel
+        return (len(piece), samples)
 
     def join(self, pipe: Any, shape: Shape, parts: list[Tensor], *, shared: bool) -> Tensor:
         rates = torch.tensor(pipe.vocoder.config.upsample_rates)

@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import full_size
+import graphed
 import mps
 import result
 import torch
 
 from stretto import Plan, Steps, init_mesh, parallelized
-from stretto.diffusion.guidance import Denoise, chunks_of
+from stretto.diffusion.denoise import Denoise
+from stretto.diffusion.exact import chunks_of
 from stretto.plan.options import HEADER_BYTES, Fixed, Guidance, Parastep, Tail
 from stretto.search.windows import default_depth, least_depth, published
 
@@ -219,6 +221,7 @@ class Bench:
             self.dtype = getattr(torch, options.dtype)
         self.world = self._mesh(step_plan(self.ranks, Tail()))
         self.meshes: dict[str, Any] = {}
+        self.graphs = self.model.graphs and self.device.type == "cuda"
         self.decoded: Any = None
         self.took: dict[str, float] = {}
         #: Whether one device, too, decodes in the parts that ranks would share.
@@ -267,7 +270,9 @@ class Bench:
         self.pipe = self.model.build(self.shape, self.device, self.dtype)
         self.inputs = self.model.inputs(self.shape, self.device, self.dtype)
         self.module = getattr(self.pipe, self.model.denoiser)
-        self.say(f"built in {time.perf_counter() - start:.1f} s")
+        if self.graphs:
+            graphed.graph(self.pipe, self.model.denoiser)
+        self.say(f"built in {time.perf_counter() - start:.1f} s, CUDA graphs: {self.graphs}")
         with self._kept_call() as kept:
             latents = self.model.call(self.pipe, self.inputs, 2)
         self.evaluation = kept[0]
@@ -487,6 +492,7 @@ class Book:
             "model": self._model(),
             "shape": vars(shape),
             "dtype": str(bench.dtype).removeprefix("torch."),
+            "cuda_graphs": bench.graphs,
             "published_claim": {"speedup": bench.model.claim, "devices": 8},
             "notes": NOTES,
         }
