@@ -6,7 +6,7 @@ forward(q_nHrD, k_nGsD, v_nGsD, causal, scale) -> out_nHrD, lse_nHr
 backward(dout, q, k, v, out, lse, causal, scale) -> dq, dk, dv
 
 Tensors are views of rows-outermost storage, (n, r, H, D) in memory. No call has empty rows or
-keys, causal calls have r == s, no row is without a key: the sentinels for such rows (0.0, +inf,
+keys, causal calls have r == s, no row is without a key: the sentinels of such rows (0.0, inf,
 nothing, 0.0) never arise. Gradients come out right with the lse and out of the whole sequence.
 Source: `_scaled_dot_product_*` of torch 2.11 and 2.13.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from stretto.ops.attention import naive
 
@@ -43,6 +44,116 @@ def cpu_backward(
     return _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse, 0.0, causal, scale=scale
     )
+
+
+def flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Flash attention 2 of torch: half precision, head dims that are multiples of 8 up to 256."""
+    found = _ATEN._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    return found[0], found[1]
+
+
+def flash_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> Gradients:
+    """Its gradients. Both seeds serve dropout alone."""
+    seed = lse.new_empty(2, dtype=torch.uint64)
+    return _ATEN._scaled_dot_product_flash_attention_backward(
+        *(dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2]),
+        *(0.0, causal, seed, seed),
+        scale=scale,
+    )
+
+
+def cudnn_forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """cuDNN's attention: half precision, head dims that are multiples of 8 up to 128.
+
+    It takes no single row and no single key; flash does those.
+    """
+    if min(q.shape[2], k.shape[2]) == 1:
+        return flash_forward(q, k, v, causal, scale)
+    found = _ATEN._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, causal, False, scale=scale
+    )
+    # (n, H, r, 1), unlike the others.
+    return found[0], found[1].squeeze(-1)
+
+
+def cudnn_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> Gradients:
+    """Its gradients; dq differs in its last bits from call to call.
+
+    Its graphs are remembered by the strides of q, k and v alone: an `out` laid out otherwise than
+    the forward's output gives silently wrong dq and dk (relative rms 0.5, H200, torch 2.11).
+    """
+    if min(q.shape[2], k.shape[2]) == 1:
+        return flash_backward(dout, q, k, v, out, lse, causal, scale)
+    assert out.stride() == torch.empty_like(q).stride(), (out.stride(), q.stride())
+    seed = lse.new_empty((), dtype=torch.int64)
+    return _ATEN._scaled_dot_product_cudnn_attention_backward(
+        *(dout, q, k, v, out, lse[..., None], seed, seed, None, None, None),
+        *(q.shape[2], k.shape[2], 0.0, causal),
+        scale=scale,
+    )
+
+
+def efficient_forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The memory-efficient kernels: float32 too, any head dim in 16-byte steps, no shared heads."""
+    shared = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+    found = _ATEN._scaled_dot_product_efficient_attention(
+        q, k, v, None, True, 0.0, causal, scale=scale
+    )
+    # Its lse is padded to a multiple of 32 rows.
+    return found[0], found[1][..., : q.shape[2]]
+
+
+def efficient_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> Gradients:
+    """Its gradients, those of shared heads summed in float32."""
+    shared = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+    # exp(score - inf) is 0: padding rows add nothing.
+    lse = functional.pad(lse, (0, -lse.shape[2] % 32), value=float("inf"))
+    seed = lse.new_empty((), dtype=torch.int64)
+    dq, dk, dv, _ = _ATEN._scaled_dot_product_efficient_attention_backward(
+        *(dout, q, k, v, None, out, lse, seed, seed, 0.0, [True, True, True, False], causal),
+        scale=scale,
+    )
+    if shared == 1:
+        return dq, dk, dv
+    dk, dv = (
+        x.unflatten(1, (-1, shared)).sum(2, dtype=torch.float32).to(q.dtype) for x in (dk, dv)
+    )
+    return dq, dk, dv
 
 
 def naive_forward(

@@ -24,25 +24,33 @@ def accumulators(q_LBHD: Tensor) -> tuple[Tensor, Tensor]:
 def merge_(acc_LBHD: Tensor, acc_lse_LBH: Tensor, part_LBHD: Tensor, part_lse_LBH: Tensor) -> None:
     """Add one partial result to the accumulators, in place and in one pass.
 
-    acc and acc_lse are float32 (float64 for float64) and may be views of some rows; part is of any
-    dtype. A side whose lse is -inf counts as absent whatever its values are, NaN too; both absent
-    leaves out 0 and lse -inf. Exact up to rounding in the accumulators' dtype for any order.
+    acc and acc_lse are float32 (float64 for float64), views of some rows are fine; part is of any
+    dtype. A side whose lse is -inf counts as absent whatever it holds, NaN too; both absent give
+    out 0 and lse -inf. Any order of partials gives the same up to rounding of the accumulators.
     """
     if acc_lse_LBH.numel() == 0:
         return
-    part_lse = part_lse_LBH.to(acc_lse_LBH.dtype)
-    peak = torch.maximum(acc_lse_LBH, part_lse)
+    if acc_LBHD.is_cuda and acc_LBHD.dtype == torch.float32:
+        # Here and not above: triton comes with CUDA builds of torch only.
+        from stretto.ops.attention import triton
+
+        triton.merge_(acc_LBHD, acc_lse_LBH, part_LBHD, part_lse_LBH)
+    else:
+        _merge(acc_LBHD, acc_lse_LBH, part_LBHD, part_lse_LBH)
+
+
+def _merge(acc: Tensor, acc_lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    part_lse = part_lse.to(acc_lse.dtype)
+    peak = torch.maximum(acc_lse, part_lse)
     peak = peak.masked_fill_(peak.isneginf(), 0.0)
-    old, new = torch.exp(acc_lse_LBH - peak), torch.exp(part_lse - peak)
+    old, new = torch.exp(acc_lse - peak), torch.exp(part_lse - peak)
     total = old + new
-    acc_lse_LBH.copy_(total.log().add_(peak))
+    acc_lse.copy_(torch.log(total).add_(peak))
     total = total.masked_fill_(total == 0, 1.0)
-    part = part_LBHD.to(acc_LBHD.dtype)
-    acc_LBHD.copy_(
-        _weighted(acc_LBHD, old / total).add_(_weighted(part, new / total)),
-    )
+    merged = _share(acc, old / total)
+    acc.copy_(merged.add_(_share(part.to(acc.dtype), new / total)))
 
 
-def _weighted(x: Tensor, weight: Tensor) -> Tensor:
+def _share(x: Tensor, weight: Tensor) -> Tensor:
     weight = weight[..., None]
     return torch.where(weight == 0, 0.0, x * weight)
