@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from stretto.errors import PlanMismatch
 from stretto.plan.checks import (
@@ -24,17 +24,12 @@ from stretto.plan.checks import (
     check_divides,
     divisors,
 )
+from stretto.plan.moves import PASSES
+from stretto.plan.ranges import FULL, LAYOUTS, Layout, Mask, Spans, shard
+from stretto.plan.schedule import schedule
 from stretto.plan.traffic import Traffic
 
-if TYPE_CHECKING:
-    from stretto.plan.ranges import Mask, Spans
-
-LAYOUTS = ("auto", "zigzag", "contiguous", "documents")
 KEEPS = ("none", "far", "all")
-PASSES = ("forward", "backward")
-
-#: Half-open ranges of global positions for every rank, for layouts written out.
-Ranges = tuple[tuple[tuple[int, int], ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +183,34 @@ class AttentionCase:
     rank: int = 0
     return_lse: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        context: Context,
+        *,
+        tokens: int,
+        kv_tokens: int | None = None,
+        heads: tuple[int, int],
+        head_dim: int,
+        batch: int = 1,
+        item_bytes: int = 2,
+        mask: Mask = FULL,
+        rank: int = 0,
+        return_lse: bool = False,
+    ) -> AttentionCase:
+        """The call on sequences of these total lengths, sharded as the plan lays them out.
+
+        `heads`: query and key/value heads. Raises ShapeError, PlanMismatch.
+        """
+        kv_tokens = tokens if kv_tokens is None else kv_tokens
+        mask.check(tokens, kv_tokens)
+        q_rows = shard(context.layout, tokens, context.degree, mask)
+        kv_rows = q_rows
+        if kv_tokens != tokens:
+            kv_rows = shard(context.layout, kv_tokens, context.degree, mask)
+        sizes = (batch, *heads, head_dim, item_bytes)
+        return cls(*sizes, q_rows, kv_rows, mask, rank, return_lse)
+
     @property
     def stat_bytes(self) -> int:
         """Of a log-sum-exp or delta: float32, float64 where the inputs are."""
@@ -212,7 +235,7 @@ class Context:
     team: int = 1
     ring: int = 1
     schedule: Schedule = field(default_factory=Tile)
-    layout: str | Ranges = "auto"
+    layout: Layout = "auto"
 
     def __post_init__(self):
         for axis in ("ulysses", "team", "ring"):
@@ -313,8 +336,6 @@ class Context:
 
     def wire(self, case: AttentionCase, passes: Sequence[str] = PASSES) -> Traffic:
         """Bytes that rank `case.rank` sends to others in one call, per phase, verb and axis."""
-        from stretto.plan.schedule import schedule
-
         return schedule(self, case).traffic(passes)
 
     @classmethod
