@@ -1,0 +1,234 @@
+"""Checkpoints that any number of ranks can read, written whole or not at all.
+
+A folder `step-N` holds torch.distributed.checkpoint's files and `state.json`. It is written as
+`step-N.tmp` and renamed once all ranks have saved; what still ends in `.tmp` is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from stretto.errors import ConfigError
+from stretto.mesh.mesh import Mesh
+
+log = logging.getLogger(__name__)
+
+STATE = "state.json"
+_NAME = re.compile(r"step-(\d+)")
+_METADATA = ".metadata"
+#: A message names at most this many keys.
+_SHOWN = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A complete checkpoint and what its `state.json` says."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest complete checkpoint of a folder; incomplete ones are named in a warning."""
+    found = []
+    for path in sorted(folder.glob("step-*")) if folder.is_dir() else ():
+        name = _NAME.fullmatch(path.name)
+        if name and (path / STATE).is_file() and (path / _METADATA).is_file():
+            found.append((int(name[1]), path))
+        else:
+            log.warning("%s is no complete checkpoint and is ignored", path)
+    if not found:
+        return None
+    step, path = max(found)
+    return Checkpoint(path, step, _read_state(path / STATE))
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {file}: {error}; remove that folder") from None
+
+
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    mesh: Mesh,
+    *,
+    keep: int = 2,
+) -> Path:
+    """Write `step-N` and remove all but the newest `keep`; the path. All ranks call it.
+
+    Raises ConfigError on every rank (a full disk, no permission); then the checkpoints that were
+    there are untouched.
+    """
+    whole, aside = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
+    first = mesh.world_rank == 0
+    problem = _prepare(aside) if first else ""
+    problem = problem or _write(aside, dict(tensors), mesh)
+    if first and not problem:
+        problem = _complete(aside, whole, {"step": step, **state})
+    told = [part.decode() for part in mesh.gather_bytes(problem.encode())]
+    if any(told):
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise ConfigError(
+            f"cannot save step {step} in {folder}: {next(filter(None, told))}\n"
+            "  to fix: free space there or give another --out; earlier checkpoints are untouched"
+        )
+    if first:
+        _forget(folder, keep)
+    return whole
+
+
+def _prepare(aside: Path) -> str:
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _write(aside: Path, tensors: dict[str, torch.Tensor], mesh: Mesh) -> str:
+    """Save this rank's shards, together with all ranks; what went wrong, else ""."""
+    mesh.barrier()
+    alone = mesh.world_size == 1
+    try:
+        dcp.save(tensors, checkpoint_id=aside, no_dist=alone)
+    except CheckpointException as error:
+        return "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _complete(aside: Path, whole: Path, state: dict[str, Any]) -> str:
+    """Everybody has saved: say so by the name. A rename is seen whole or not at all."""
+    try:
+        with (aside / STATE).open("w", encoding="utf-8") as file:
+            json.dump(state, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(whole, ignore_errors=True)
+        aside.rename(whole)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _forget(folder: Path, keep: int) -> None:
+    complete = sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+    for path in complete[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def load(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], mesh: Mesh) -> None:
+    """Read a checkpoint into `tensors`, in place, whatever ranks wrote it.
+
+    Raises ConfigError naming the keys that only one side has, or whose shapes differ.
+    """
+    reader = dcp.FileSystemReader(checkpoint.path)
+    try:
+        _compare(checkpoint.path, reader.read_metadata().state_dict_metadata, tensors)
+        dcp.load(tensors, storage_reader=reader, no_dist=mesh.world_size == 1)
+    except CheckpointException as error:
+        causes = "; ".join(f"rank {r}: {cause[0]}" for r, cause in error.failures.items())
+        raise ConfigError(f"cannot read {checkpoint.path}: {causes}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {checkpoint.path}: {error}") from None
+
+
+def saved_keys(checkpoint: Checkpoint) -> set[str]:
+    """Names of all tensors in a checkpoint. Raises ConfigError."""
+    try:
+        return set(dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata)
+    except OSError as error:
+        raise ConfigError(f"cannot read {checkpoint.path}: {error}") from None
+
+
+def _compare(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, torch.Tensor]) -> None:
+    missing = sorted(key for key in wanted if key not in saved)
+    extra = sorted(key for key in saved if key not in wanted and not key.startswith("random."))
+    shapes = [
+        f"{key}: {tuple(saved[key].size)} there, {tuple(tensor.shape)} here"
+        for key, tensor in wanted.items()
+        if key in saved and tuple(saved[key].size) != tuple(tensor.shape)
+    ]
+    lines = [
+        f"{what}: {', '.join(keys[:_SHOWN])}" + (f" and {len(keys) - _SHOWN} more" * (n > _SHOWN))
+        for what, keys in (
+            ("only in the model", missing),
+            ("only in the checkpoint", extra),
+            ("of other shape", shapes),
+        )
+        if (n := len(keys))
+    ]
+    if lines:
+        raise ConfigError(
+            f"{path} holds another model or optimizer\n  "
+            + "\n  ".join(lines)
+            + "\n  to fix: train the model that was saved, or give another --out"
+        )
+
+
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Parameters, buffers and optimizer state by name, sharing memory with what is trained.
+
+    The optimizer's state must exist: it does after a step, or after `begin_state`.
+    """
+    found: dict[str, torch.Tensor] = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, kept in optimizer.state.items():
+        for key, value in kept.items():
+            if isinstance(value, torch.Tensor):
+                found[f"optimizer.{names[parameter]}.{key}"] = value
+    return found
+
+
+def begin_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer the state it would have before its first step, zeros."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = group["weight_decay"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate, decay in zip(optimizer.param_groups, rates, decays, strict=True):
+        group["lr"], group["weight_decay"] = rate, decay
+    for kept in optimizer.state.values():
+        for value in kept.values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+
+
+def random_state(mesh: Mesh) -> dict[str, torch.Tensor]:
+    """This rank's default generators, under names of this rank."""
+    found = {f"random.{mesh.world_rank}.cpu": torch.get_rng_state()}
+    if mesh.device.type == "cuda":
+        found[f"random.{mesh.world_rank}.cuda"] = torch.cuda.get_rng_state(mesh.device)
+    return found
+
+
+def set_random_state(found: Mapping[str, torch.Tensor], mesh: Mesh) -> None:
+    torch.set_rng_state(found[f"random.{mesh.world_rank}.cpu"])
+    if mesh.device.type == "cuda":
+        torch.cuda.set_rng_state(found[f"random.{mesh.world_rank}.cuda"], mesh.device)

@@ -1,0 +1,315 @@
+"""A training run on ranks: what every rank is given, does and brings back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import stretto
+from stretto.errors import ConfigError, MeshTimeout, RankLost, RanksDisagree
+from stretto.mesh.launch import Tell
+from stretto.mesh.mesh import Mesh, init_mesh
+from stretto.plan.model import Plan
+from stretto.train import checkpoint, shards
+from stretto.train.events import Began, Event, Saved, Stepped, Validated, line
+from stretto.train.loop import Intervals, Trainer, train
+from stretto.train.presets import task_of
+from stretto.train.recipe import Recipe
+from stretto.train.tasks import Task
+
+log = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+#: Steps at the start whose times do not count: allocators and thread pools fill there.
+WARMUP_STEPS = 2
+#: Side of the matrices, and seconds, that the rate of a device is measured with.
+_PEAK_SIDE = {"cpu": 768, "cuda": 8192}
+_PEAK_S = 0.3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One run. `out`: folder for metrics and checkpoints, None for neither.
+
+    `validate`, `save`: every how many steps, 0 for at the end only. `resume`: continue after the
+    newest complete checkpoint in `out`, if there is one. `until`: stop after that step, as if
+    interrupted.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    out: str | None = None
+    validate: int = 0
+    save: int = 0
+    resume: bool = False
+    until: int | None = None
+    device: str | None = None
+    timeout_s: float = 300.0
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a rank brings back. `peak`: measured FLOP/s of a matrix product in the run's dtype."""
+
+    rank: int
+    device: str
+    parameters: int
+    note: str
+    peak: float
+    steps: list[Stepped] = field(default_factory=list)
+    validations: list[Validated] = field(default_factory=list)
+    saved: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Median seconds of a step."""
+        timed = self.steps[WARMUP_STEPS:] or self.steps
+        return statistics.median(step.seconds for step in timed) if timed else float("nan")
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.steps[-1].tokens / self.seconds if self.steps else float("nan")
+
+    def mfu(self, ranks: int) -> float:
+        """Model FLOPs per second over what the devices reach in matrix products."""
+        if not self.steps:
+            return float("nan")
+        flops = statistics.median(step.flops for step in self.steps)
+        return flops / self.seconds / (ranks * self.peak)
+
+
+def run(tell: Tell, job: Job) -> Outcome:
+    """Body of a rank: build, resume, train. Raises RankLost naming the last checkpoint."""
+    with _process_group(job):
+        mesh = init_mesh(job.plan, device=job.device, timeout_s=job.timeout_s)
+        try:
+            with _peers(mesh, job):
+                return _Run(tell, job, mesh).run()
+        finally:
+            mesh.close()
+
+
+class _Run:
+    """One rank of a job."""
+
+    def __init__(self, tell: Tell, job: Job, mesh: Mesh):
+        self.tell = tell
+        self.job = job
+        self.mesh = mesh
+        self.folder = Path(job.out) / CHECKPOINTS if job.out else None
+
+    def run(self) -> Outcome:
+        self.tell("reading data")
+        task = task_of(self.job.recipe)
+        _same_data(task, self.mesh)
+        self.tell("building the model")
+        trainer = build(task, self.job, self.mesh)
+        with attention_bound(trainer.model, self.job.plan, self.mesh):
+            note, done = self._resume(trainer)
+            outcome = self._outcome(trainer, note)
+            for event in self._events(trainer, note):
+                self._note(event, outcome, done)
+                if self.job.until is not None and trainer.done >= self.job.until:
+                    break
+            return outcome
+
+    def _events(self, trainer: Trainer, note: str) -> Iterator[Event]:
+        intervals = Intervals(self.job.validate, self.job.save, self.folder)
+        return train(trainer, intervals, self._state(trainer), note)
+
+    def _state(self, trainer: Trainer) -> dict[str, Any]:
+        """What a checkpoint says of its run, beside its step."""
+        return {
+            "recipe": self.job.recipe.as_dict(),
+            "plan": self.job.plan.model_dump(mode="json"),
+            "ranks": self.mesh.world_size,
+            "data": trainer.task.digest,
+            "versions": {"stretto": stretto.__version__, "torch": torch.__version__},
+        }
+
+    def _resume(self, trainer: Trainer) -> tuple[str, int]:
+        """Continue from the newest checkpoint; the note on it and its step."""
+        found = checkpoint.newest(self.folder) if self.folder and self.job.resume else None
+        if found is None:
+            return "", 0
+        state = self._state(trainer)
+        check_cursor(found, state)
+        trainer.restore(found)
+        note = resume_note(found, state)
+        if self.mesh.world_rank == 0:
+            log.info(note)
+        return note, found.step
+
+    def _outcome(self, trainer: Trainer, note: str) -> Outcome:
+        name = str(self.mesh.device)
+        if self.mesh.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.mesh.device)
+        peak = matmul_rate(self.mesh.device, self.job.recipe.dtype)
+        return Outcome(self.mesh.world_rank, name, trainer.parameters, note, peak)
+
+    def _note(self, event: Event, outcome: Outcome, resumed: int) -> None:
+        """Keep, write down and tell an event."""
+        self.mesh.record(f"after {line(event)['event']}, step {event.step}")
+        if isinstance(event, Stepped):
+            outcome.steps.append(event)
+        elif isinstance(event, Validated):
+            outcome.validations.append(event)
+        elif isinstance(event, Saved):
+            outcome.saved = event.path
+        if self.mesh.world_rank == 0 and self.job.out:
+            _write_line(Path(self.job.out) / METRICS, event, resumed)
+        more = {"loss": event.loss} if isinstance(event, Stepped) else {}
+        self.tell("training", done=event.step, total=self.job.recipe.steps, **more)
+
+
+def build(task: Task, job: Job, mesh: Mesh) -> Trainer:
+    """The trainer of a job before its first step."""
+    recipe = job.recipe
+    model = task.model()
+    model.to(shards.STORED[recipe.dtype])
+    if shards.sharded(mesh, recipe.dtype):
+        shards.shard(model, shards.data_mesh(mesh), recipe.dtype)
+    shards.materialise(model, mesh.device, recipe.seed)
+    return Trainer(task, recipe, job.plan, model, mesh)
+
+
+def attention_bound(
+    model: nn.Module, plan: Plan, mesh: Mesh
+) -> contextlib.AbstractContextManager[Any]:
+    """Inside, attention works on this rank's rows of a sequence; nothing to bind on one rank."""
+    if plan.cp.degree == 1:
+        return contextlib.nullcontext()
+    from stretto.parallel.api import parallelize
+
+    return parallelize(model, plan.cp, mesh=mesh)
+
+
+def check_cursor(found: checkpoint.Checkpoint, state: dict[str, Any]) -> None:
+    """Raise ConfigError where a step number would mean other data than when it was saved."""
+    was, now = found.state, state
+    names = ("model", "tokens", "sequences", "seed", "data")
+    pairs = {name: (was["recipe"][name], now["recipe"][name]) for name in names}
+    pairs["files"] = (was["data"], now["data"])
+    differing = [f"{name} {a!r} there, {b!r} here" for name, (a, b) in pairs.items() if a != b]
+    if differing:
+        raise ConfigError(
+            f"{found.path} belongs to another run: {'; '.join(differing)}\n"
+            "  why: its step number says which samples were seen\n"
+            "  to fix: give these as they were, or another --out"
+        )
+
+
+def resume_note(found: checkpoint.Checkpoint, state: dict[str, Any]) -> str:
+    """One line on how this run continues the one that saved."""
+    parts = [f"resumed after step {found.step} of {found.path}"]
+    same = ("plan", "ranks", "versions", "recipe")
+    changed = [name for name in same if found.state[name] != json.loads(json.dumps(state[name]))]
+    if changed:
+        parts.append(f"not bitwise: {', '.join(changed)} changed, so sums have another order")
+    return "; ".join(parts)
+
+
+def _same_data(task: Task, mesh: Mesh) -> None:
+    """Raise RanksDisagree unless all ranks see the same data."""
+    digests = [part.decode() for part in mesh.gather_bytes(task.digest.encode())]
+    if len(set(digests)) > 1:
+        raise RanksDisagree(
+            f"ranks see different data: {dict(enumerate(digests))}\n"
+            "  why: every rank cuts its own part out of the same samples\n"
+            "  to fix: the same files, of the same sizes, on every machine"
+        )
+
+
+def matmul_rate(device: torch.device, dtype: str) -> float:
+    """FLOP/s that this device reaches, on this rank's threads, in a square matrix product."""
+    side = _PEAK_SIDE[device.type]
+    x = torch.ones(side, side, device=device, dtype=getattr(torch, dtype))
+    best, until = float("inf"), time.perf_counter() + _PEAK_S
+    while time.perf_counter() < until:
+        began = time.perf_counter()
+        x @ x
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+def _write_line(file: Path, event: Event, resumed: int) -> None:
+    """Append an event; a new start begins the file anew, a resumed one after its step."""
+    try:
+        if isinstance(event, Began):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            kept = [row for row in read_metrics(file) if resumed and row["step"] <= resumed]
+            file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps(line(event)) + "\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write {file}: {error.strerror}") from None
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Complete lines of a metrics file, [] where there is none; a cut last line is left out."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        for text in file.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(text))
+    return rows
+
+
+@contextlib.contextmanager
+def _peers(mesh: Mesh, job: Job) -> Iterator[None]:
+    """An error here ends the peers' waits; one that a peer caused says where to go on from."""
+    try:
+        with mesh.ending_peers("training"):
+            yield
+    except MeshTimeout as error:
+        raise type(error)(f"{error}\n  {_way_on(job)}") from None
+    except (dist.DistError, RuntimeError) as error:
+        if isinstance(error, stretto.errors.StrettoError) or not _of_a_peer(error):
+            raise
+        cause = str(error).strip().splitlines()[0][:200]
+        raise RankLost(
+            f"rank {mesh.world_rank}: a peer stopped during a gather or sum of weights ({cause})"
+            f"\n  {_way_on(job)}"
+        ) from None
+
+
+def _of_a_peer(error: BaseException) -> bool:
+    """Whether torch's own collectives say that another rank is gone or silent."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Timed out", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def _way_on(job: Job) -> str:
+    found = checkpoint.newest(Path(job.out) / CHECKPOINTS) if job.out else None
+    if found is None:
+        return "there is no checkpoint yet: start again, with --save-every for the next time"
+    return f"last checkpoint: {found.path}; continue from it with --resume"
+
+
+@contextlib.contextmanager
+def _process_group(job: Job) -> Iterator[None]:
+    """A group of one, where one rank was started without a launcher and shards need a group."""
+    alone = job.plan.world_size == 1 and "RANK" not in os.environ and not dist.is_initialized()
+    if not (alone and job.recipe.dtype == "bfloat16"):
+        yield
+        return
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
