@@ -155,8 +155,9 @@ class Network(_Frozen):
 class Cluster(_Frozen):
     """Devices, nodes and links. Ranks count through the nodes in the order written.
 
-    `network` joins all nodes that no link joins. `basis`: measured (by `stretto probe`), published (data sheets), projected (assumed); `date`
-    and `software` say when and with what. `read` raises ConfigError naming file, line and field.
+    `network` joins all nodes that no link joins. `basis`: measured (by `stretto probe`), published
+    (data sheets), projected (assumed); `date` and `software` say when and with what. `read`
+    raises ConfigError naming file, line and field.
     """
 
     name: str

@@ -1,0 +1,173 @@
+"""Seconds and memory of one sequence-parallel attention, forward and backward.
+
+Seconds = exposed heads + row phases + sum over steps of max(kernel, hop) + pipeline fill. The
+last kernel has nothing to hide, so a plan never takes less than its hops and one kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import log2
+
+from stretto import axes
+from stretto.cluster.model import Device, Kernel
+from stretto.cost.attention_bytes import Call, Term, terms
+from stretto.cost.attention_links import Fabric, seconds
+from stretto.plan.options import Context, Gather, StarTrail
+
+#: FLOP of the backward kernel over those of the forward one: five products against two.
+BACKWARD_FLOPS = 2.5
+#: Part of a device's matmul rate that attention kernels reach, where no kernel rate is known;
+#: forward and backward. Of one H200: 0.67 and 0.56 with cuDNN, 0.36 and 0.31 with flash
+#: (measured, 2026-11).
+UNKNOWN_PART = (0.5, 0.42)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Seconds of one forward or backward. `kernels`, `hops`: the sums that the walk overlaps."""
+
+    heads: float
+    rows: float
+    walk: float
+    kernels: float
+    hops: float
+
+    @property
+    def seconds(self) -> float:
+        return self.heads + self.rows + self.walk
+
+    @property
+    def least(self) -> float:
+        """Kernels and hops hide one another completely."""
+        return self.heads + self.rows + max(self.kernels, self.hops)
+
+    @property
+    def most(self) -> float:
+        """Nothing is hidden."""
+        return self.heads + self.rows + self.kernels + self.hops
+
+
+def kernel_of(device: Device, dtype: str) -> Kernel:
+    """Rates of attention kernels on a device. Raises ConfigError for a dtype without a rate."""
+    if device.attention is not None and dtype in ("bf16", "fp16"):
+        return device.attention
+    rate = device.flop_rate(dtype)
+    forward, backward = (part * rate for part in UNKNOWN_PART)
+    source = f"projected: {UNKNOWN_PART[0]:g} and {UNKNOWN_PART[1]:g} of {device.source}"
+    return Kernel(forward=forward, backward=backward, source=source)
+
+
+def part_of_rate(kernel: Kernel, rows: float) -> float:
+    """What blocks of `rows` rows on the shorter side leave of the kernel's rate."""
+    points = kernel.short
+    if not points or rows >= points[-1][0]:
+        return points[-1][1] if points else 1.0
+    if rows <= points[0][0]:
+        return points[0][1] * rows / points[0][0]
+    above = next(index for index, (limit, _) in enumerate(points) if limit >= rows)
+    (low, start), (high, end) = points[above - 1], points[above]
+    return start + (end - start) * log2(rows / low) / log2(high / low)
+
+
+def block_rows(context: Context, call: Call) -> int:
+    """Rows of the shorter side of one kernel call."""
+    u = context.ulysses
+    if isinstance(context.schedule, StarTrail):
+        return context.team * u * min(call.rows, call.kv_rows)
+    keys = context.ring if isinstance(context.schedule, Gather) else 1
+    return u * min(call.rows * context.team, call.kv_rows * keys)
+
+
+def kernel_seconds(
+    context: Context, call: Call, kernel: Kernel, pairs: Sequence[float], *, back: bool
+) -> list[float]:
+    """Seconds of each step's kernels, from the (query, key) pairs of its busiest rank."""
+    flops = 4 * call.batch * call.head_dim * (call.heads // context.ulysses)
+    rate = part_of_rate(kernel, block_rows(context, call))
+    rate *= kernel.backward if back else kernel.forward
+    flops *= BACKWARD_FLOPS if back else 1.0
+    return [flops * each / rate for each in pairs]
+
+
+def pass_of(
+    context: Context,
+    call: Call,
+    kernels: Sequence[float],
+    fabric: Fabric,
+    sizes: Mapping[str, int],
+    *,
+    back: bool,
+) -> Pass:
+    """Times of one pass. `kernels`: seconds per step; `sizes`: the mesh, in physical order.
+
+    Steps after the last one with work are neither walked nor waited for where the plan prunes.
+    """
+    found = terms(context, call, back=back)
+    heads = sum(_all_goes(t, sizes, fabric) for t in found if t.axis == "ulysses")
+    rows = sum(_all_goes(t, sizes, fabric) for t in found if not t.hidden and t.axis != "ulysses")
+    hidden = [t for t in found if t.hidden]
+    if getattr(context.schedule, "prune", False):
+        used = [index for index, each in enumerate(kernels) if each > 0]
+        kernels = kernels[: (used[-1] if used else 0) + 1]
+        hidden = [_pruned(t, context, len(kernels)) for t in hidden]
+    walk, hops = _walk(hidden, context, kernels, fabric, sizes)
+    return Pass(heads, rows, walk, sum(kernels), hops)
+
+
+def _pruned(term: Term, context: Context, steps: int) -> Term:
+    """The part of a term that a walk of fewer steps still makes."""
+    most = context.ring - 1
+    left = min(1.0, (steps - 1) / most) if most else 0.0
+    if term.pattern == "exchange":
+        return Term(term.phase, term.pattern, term.axis, round(term.message * left), hidden=True)
+    times = -(-term.times * (steps - 1) // most) if most else 0
+    return Term(term.phase, term.pattern, term.axis, term.message, times, hidden=True)
+
+
+def _walk(
+    hidden: Sequence[Term],
+    context: Context,
+    kernels: Sequence[float],
+    fabric: Fabric,
+    sizes: Mapping[str, int],
+) -> tuple[float, float]:
+    """(seconds of the walk, seconds of its hops alone).
+
+    An inner hop hides under one step, an outer hop under a cycle of the inner ring. What returns
+    to owners follows each step and is spread over them; the last return is the pipeline's fill.
+    """
+    inner, outer = 0.0, 0.0
+    for term in hidden:
+        cost = _all_goes(term, sizes, fabric)
+        if term.axis == "ring_out":
+            outer += cost
+        else:
+            inner += cost
+    cycle = context.inner[1] if context.two_level else len(kernels)
+    cycles = [list(kernels[at : at + cycle]) for at in range(0, len(kernels), max(cycle, 1))]
+    hops_in = sum(max(0, len(steps) - 1) for steps in cycles)
+    one_in = inner / hops_in if hops_in else inner
+    one_out = outer / (len(cycles) - 1) if len(cycles) > 1 else outer
+    seconds = 0.0
+    for steps in cycles[:-1]:
+        seconds += max(_steps(steps, one_in), one_out)
+    seconds += _steps(cycles[-1], one_in) if cycles else 0.0
+    fill = sum(_last(t, sizes, fabric) for t in hidden if t.phase == "back-owner")
+    return seconds + fill, inner + outer
+
+
+def _steps(kernels: Sequence[float], hop: float) -> float:
+    """Each kernel beside the hop that brings the next block; nothing beside the last."""
+    return sum(max(kernel, hop) for kernel in kernels[:-1]) + (kernels[-1] if kernels else 0.0)
+
+
+def _last(term: Term, sizes: Mapping[str, int], fabric: Fabric) -> float:
+    """One message of a return: what is under way when the last kernel has ended."""
+    goes = max(1, axes.size(term.axis, sizes) - 1) if term.pattern == "exchange" else 1
+    return seconds(term, sizes, fabric) / goes if term.times else 0.0
+
+
+def _all_goes(term: Term, sizes: Mapping[str, int], fabric: Fabric) -> float:
+    return term.times * seconds(term, sizes, fabric)
