@@ -33,9 +33,10 @@ def test_deciding_loads_no_device_library():
     assert not loaded & DEVICES
 
 
-def test_mesh_needs_only_torch():
-    loaded = modules_after(imports("stretto.mesh"), blocked=["pydantic", "yaml"])
-    assert "torch" in loaded
+def test_mesh_and_operators_need_only_torch():
+    code = imports("stretto.mesh", "stretto.ops")
+    loaded = modules_after(code, blocked=["pydantic", "yaml"])
+    assert {"torch", "stretto.ops.attention.backends"} <= loaded
 
 
 def test_a_blocked_library_is_noticed():
