@@ -1,4 +1,4 @@
-"""Attention as a module that a plan can be bound to.
+"""Attention that a plan can be bound to, and the binding itself.
 
 Shape legend: B batch, H query heads, G key/value heads, T query tokens on this rank, S key tokens
 on this rank, D head dim.
@@ -6,17 +6,66 @@ on this rank, D head dim.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from stretto.errors import ConfigError
+from stretto.errors import ShapeError
+from stretto.plan.context import Context
+from stretto.plan.ranges import Mask, resolve_layout
 
 if TYPE_CHECKING:
     from stretto.mesh.mesh import Mesh
-    from stretto.plan.options import Context
+
+
+def settled(plan: Context, *, causal: bool, documents: tuple[int, ...] | None = None) -> Context:
+    """The plan with its layout decided once for all layers of a model.
+
+    Tokens lie in one order from the first layer to the last, so a layer with a window must not
+    choose another layout than one without.
+    """
+    mask = Mask(causal=causal, documents=documents)
+    return replace(plan, layout=resolve_layout(plan.layout, 0, plan.degree, mask))
+
+
+@dataclass(eq=False)
+class Binding:
+    """What `parallelize` leaves on a model's attention modules: where they run and how.
+
+    `causal`: how an `auto` layout is decided. `call`: what this call of the model said about
+    itself, filled by the hook at its entrance. `watch`: while the model is being examined, what
+    takes the place of attention.
+    """
+
+    mesh: Mesh
+    plan: Context
+    causal: bool = True
+    call: dict[str, Any] = field(default_factory=dict)
+    watch: Any = None
+
+    def __deepcopy__(self, memo: dict) -> Binding:
+        """A copy of a bound model is bound to the same mesh: process groups cannot be copied."""
+        return self
+
+    def attend(
+        self, q_BHTD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSE: torch.Tensor, **mask: Any
+    ) -> torch.Tensor:
+        """`stretto.attention` over all shards; values may have another head dim than keys."""
+        from stretto.ops.attention.dist import attention
+
+        plan = settled(self.plan, causal=self.causal, documents=self.call.get("documents"))
+        dims = q_BHTD.shape[-1], v_BGSE.shape[-1]
+        if dims[0] != dims[1]:
+            # Zeros change neither scores nor outputs, and the output's extra columns are zero.
+            mask["scale"] = mask.get("scale") or dims[0] ** -0.5
+            q_BHTD, k_BGSD, v_BGSE = (
+                functional.pad(x, (0, max(dims) - x.shape[-1])) for x in (q_BHTD, k_BGSD, v_BGSE)
+            )
+        out = attention(q_BHTD, k_BGSD, v_BGSE, mesh=self.mesh, plan=plan, **mask)
+        return out[..., : dims[1]]
 
 
 class Attention(nn.Module):
@@ -57,44 +106,66 @@ class Attention(nn.Module):
                 k_BGSD,
                 v_BGSD,
                 mesh=self.mesh,
-                plan=self.plan,
+                plan=settled(self.plan, causal=causal, documents=documents),
                 causal=causal,
                 window=window,
                 documents=documents,
                 q_offset=q_offset,
                 scale=scale,
             )
-        return _whole(q_BHTD, k_BGSD, v_BGSD, causal, window, documents, q_offset, scale)
+        return whole(
+            q_BHTD,
+            k_BGSD,
+            v_BGSD,
+            causal=causal,
+            window=window,
+            documents=documents,
+            q_offset=q_offset,
+            scale=scale,
+        )
 
     def extra_repr(self) -> str:
         return "" if self.mesh is None else f"rank {self.mesh.world_rank} of {self.plan}"
 
 
-def _whole(q, k, v, causal, window, documents, q_offset, scale) -> torch.Tensor:
-    """Attention over a whole sequence on one device, through torch SDPA."""
-    if documents is not None:
-        return _by_document(q, k, v, causal, window, documents, q_offset, scale)
+def whole(
+    q_BHTD: torch.Tensor,
+    k_BGSD: torch.Tensor,
+    v_BGSD: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    documents: tuple[int, ...] | None = None,
+    q_offset: int = 0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention over a whole sequence on one device, through torch SDPA.
+
+    Documents become one call each, so no mask of the whole sequence is ever held.
+    Raises ShapeError for documents that do not sum to the queries and the keys.
+    """
+    mask = {"causal": causal, "window": window, "scale": scale}
+    tokens, keys = q_BHTD.shape[2], k_BGSD.shape[2]
+    if documents is None:
+        return _sdpa(q_BHTD, k_BGSD, v_BGSD, q_offset=q_offset, **mask)
+    if q_offset or keys != tokens or sum(documents) != tokens:
+        raise ShapeError(
+            f"documents of {sum(documents)} tokens in all, {tokens} queries and {keys} keys at "
+            f"offset {q_offset}: packed documents are self-attention, so the lengths sum to the "
+            "queries and to the keys"
+        )
+    cuts = zip(*(x.split(list(documents), 2) for x in (q_BHTD, k_BGSD, v_BGSD)), strict=True)
+    parts = [_sdpa(*cut, **mask) for cut in cuts if cut[0].shape[2]]
+    return torch.cat(parts, 2) if parts else q_BHTD.clone()
+
+
+def _sdpa(q, k, v, *, causal, window, scale, q_offset=0) -> torch.Tensor:
     gqa = q.shape[1] != k.shape[1]
     plain = window is None and (not causal or (q_offset == 0 and q.shape[2] == k.shape[2]))
     mask = None if plain else visible(q.shape[2], k.shape[2], causal, window, q_offset, q.device)
     return functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal and plain, scale=scale, enable_gqa=gqa
     )
-
-
-def _by_document(q, k, v, causal, window, documents, q_offset, scale) -> torch.Tensor:
-    """One call per document: no mask of the whole sequence is ever held."""
-    tokens = q.shape[2]
-    if q_offset or k.shape[2] != tokens or sum(documents) != tokens:
-        raise ConfigError(
-            f"documents of {sum(documents)} tokens in all, {tokens} queries and {k.shape[2]} keys "
-            f"at offset {q_offset}: packed documents are self-attention, so the lengths sum to the "
-            "queries and to the keys"
-        )
-    lengths = list(documents)
-    cuts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
-    parts = [_whole(*cut, causal, window, None, 0, scale) for cut in cuts if cut[0].shape[2]]
-    return torch.cat(parts, 2) if parts else q.clone()
 
 
 def visible(

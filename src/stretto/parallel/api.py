@@ -1,0 +1,150 @@
+"""`parallelize`: bind a plan and a mesh to a model's attention, and undo it; `shard`: its inputs.
+
+Nothing is patched globally: every change is on the model given, so two models may run under two
+plans in one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from stretto.errors import PlanMismatch, UnsupportedModel
+from stretto.parallel.context import Attention, Binding
+
+if TYPE_CHECKING:
+    from stretto.mesh.mesh import Mesh
+    from stretto.plan.context import Context
+    from stretto.plan.model import Plan
+
+
+class Parallelized:
+    """A model under a plan. Leaving the `with` block, or `undo()`, restores it.
+
+    `bound` names the modules whose attention runs over the mesh.
+    """
+
+    def __init__(self, model: nn.Module, stack: contextlib.ExitStack, bound: Sequence[str]):
+        self.model = model
+        self.bound = tuple(bound)
+        self._stack = stack
+
+    def __enter__(self) -> Parallelized:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
+
+    def undo(self) -> None:
+        """Restore the model; a second call does nothing."""
+        self._stack.close()
+
+
+def parallelize(
+    model: nn.Module, plan: Plan | Context, *, mesh: Mesh, check: bool = True
+) -> Parallelized:
+    """Bind every attention of `model` to `plan` and `mesh`; its inputs are shards from then on.
+
+    Takes models of transformers (inputs from `stretto.shard`), transformers of diffusers with a
+    `_cp_plan` (whole inputs and outputs, split and gathered inside), and torch modules that hold
+    `Attention` modules or call torch SDPA. Results, losses summed over ranks and gradients summed
+    over ranks equal those of one device. `check` runs a few short forward passes of a model of
+    transformers that find mixing outside attention and ignored positions.
+
+    Returns a handle that is a context manager and has `undo()`. Raises PlanMismatch when plan and
+    mesh differ, UnsupportedModel, naming the module and the reason, for what would not be exact.
+    """
+    context = _context(plan)
+    if mesh.size("cp") != context.degree:
+        raise PlanMismatch(
+            f"{context.short()} is over {context.degree} ranks, the mesh's cp axis has "
+            f"{mesh.size('cp')}\n  to fix: init_mesh(plan) of the same plan"
+        )
+    binding = Binding(mesh, context)
+    with contextlib.ExitStack() as stack:
+        names = _bind(model, binding, stack, check)
+        return Parallelized(model, stack.pop_all(), names)
+
+
+def _context(plan: Plan | Context) -> Context:
+    context = getattr(plan, "cp", plan)
+    others = {axis: n for axis, n in plan.sizes.items() if n > 1 and axis not in context.sizes}
+    if {"step", "cfg"} & set(others):
+        raise PlanMismatch(
+            f"parallelize splits the sequence, the plan also has {', '.join(others)}: those belong "
+            "to pipelines, see stretto.parallelized"
+        )
+    return context
+
+
+def _bind(
+    model: nn.Module, binding: Binding, stack: contextlib.ExitStack, check: bool
+) -> list[str]:
+    from stretto.parallel.layouts import causal_lm
+
+    if causal_lm.is_model(model):
+        return _bind_language_model(model, binding, stack, check)
+    explicit = [name for name, part in model.named_modules() if isinstance(part, Attention)]
+    if explicit:
+        _bind_explicit(model, explicit, binding, stack)
+        return explicit
+    raise UnsupportedModel(f"{type(model).__name__} holds no attention that is known here")
+
+
+def _bind_explicit(
+    model: nn.Module, names: Sequence[str], binding: Binding, stack: contextlib.ExitStack
+) -> None:
+    parts = [model.get_submodule(name) for name in names]
+    taken = [name for name, part in zip(names, parts, strict=True) if part.mesh is not None]
+    if taken:
+        raise UnsupportedModel(
+            f"{taken[0]} is bound to a plan already\n  to fix: undo that one first"
+        )
+    for part in parts:
+        part.mesh, part.plan = binding.mesh, binding.plan
+        stack.callback(setattr, part, "mesh", None)
+        stack.callback(setattr, part, "plan", None)
+
+
+def _bind_language_model(
+    model: nn.Module, binding: Binding, stack: contextlib.ExitStack, check: bool
+) -> list[str]:
+    from stretto.parallel import probe
+    from stretto.parallel.layouts import causal_lm
+    from stretto.parallel.layouts.entrance import Entrance
+
+    causal_lm.check(model)
+    stack.enter_context(causal_lm.bound(model, binding))
+    found = probe.examine(model, binding) if check else probe.Findings()
+    signature = inspect.signature(model.forward)
+    entrance = Entrance(binding, signature, found.origin, found.chunked, found.sums_loss)
+    handle = model.register_forward_pre_hook(entrance, with_kwargs=True)
+    stack.callback(handle.remove)
+    return [name for name, part in model.named_modules() if causal_lm.SEAT in part.__dict__]
+
+
+def shard(
+    batch: Mapping[str, Any] | torch.Tensor,
+    mesh: Mesh,
+    plan: Plan | Context,
+    *,
+    documents: tuple[int, ...] | None = None,
+    causal: bool = True,
+) -> Any:
+    """This rank's tokens of a batch that is whole on every rank.
+
+    A tensor is cut along dim 1. Of a mapping, tensors whose dim 1 has the length of `input_ids` or
+    `inputs_embeds` are cut, and what a causal language model needs is added: `position_ids`
+    (global, from 0 in every document); from `labels` also `shift_labels` (shifted before cutting)
+    and `num_items_in_batch` (labels that count, over all ranks); `documents` as given. An
+    `attention_mask` that hides nothing is dropped. `causal` decides an `auto` layout.
+    Raises ShapeError for documents that do not sum to the length, UnsupportedModel for padding.
+    """
+    raise NotImplementedError
+
+
