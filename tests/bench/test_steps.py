@@ -76,20 +76,44 @@ def test_summary_of_speed_has_the_agreed_keys(rows):
 
 def test_summary_of_fidelity_by_model_and_degree():
     values = {"parastep": 20.0, "tail": 30.0, "calibrated": 34.0, "fewer steps": 25.0}
-    values |= {"fewer steps, UniPC": 31.0, "noise floor": 130.0}
-    rows = [
+    values |= {"fewer steps, UniPC": 31.0}
+    rows = [{"model": "dit", "degree": 1, "who": "noise floor", "psnr_db": 130.0}]
+    rows += [
         {"model": m, "degree": p, "who": who, "psnr_db": db + p, "psnr_worst_item_db": db}
         for m in ("dit", "unet")
         for p in (4, 8)
         for who, db in values.items()
     ]
-    found = steps.fidelity_summary(rows, {"dit": 130.0})
+    found = steps.fidelity_summary(rows)
+    assert found["noise_floor_db"] == {"dit": 130.0}
     assert found["psnr_tail_db"] == {m: {"p4": 34.0, "p8": 38.0} for m in ("dit", "unet")}
     assert found["psnr_best_fewer_steps_db"]["unet"]["p4"] == 35.0
     assert found["margin_calibrated_over_parastep_db"]["dit"] == {"p4": 14.0, "p8": 14.0}
     assert found["margin_calibrated_over_fewer_steps_db"]["dit"]["p8"] == 9.0
     assert found["margin_calibrated_over_best_fewer_steps_db"]["dit"]["p8"] == 3.0
     assert found["margin_tail_over_parastep_db"]["unet"]["p4"] == 10.0
+
+
+def test_summary_of_a_part_of_the_rows():
+    """A file written on the way holds margins only between methods that were both measured."""
+    rows = [
+        {"model": "dit", "degree": p, "who": who, "psnr_db": 30.0, "psnr_worst_item_db": 29.0}
+        for p, who in ((8, "parastep"), (8, "tail"), (4, "tail"))
+    ]
+    found = steps.fidelity_summary(rows)
+    assert found["margin_tail_over_parastep_db"] == {"dit": {"p8": 0.0}}
+    assert found["margin_calibrated_over_parastep_db"] == {}
+    assert found["noise_floor_db"] == {}
+
+
+def test_every_part_is_measured_by_one_process():
+    for ranks in (1, 2, 3):
+        tasks = [task for tasks in fidelity.shares(ranks) for task in tasks]
+        assert sorted(tasks) == sorted(set(tasks))
+        assert len(tasks) == 2 * len(fidelity.MODELS)
+    longest, rest = fidelity.shares(2)
+    assert longest == [("dit", "calibrated")]
+    assert ("unet", "calibrated") in rest
 
 
 def test_held_out_means_other_classes_and_seeds():
@@ -101,17 +125,31 @@ def test_held_out_means_other_classes_and_seeds():
 
 @pytest.mark.parametrize("model", ["unet", pytest.param("dit", marks=pytest.mark.ranks)])
 def test_rows_of_a_model_at_one_depth(model):
-    setting = Setting(steps=5, images=2, calibration_images=1, degrees=(2,))
-    told = []
-    rows = list(Subject(model, 2, setting, lambda stage, **more: told.append(stage)).rows())
-    by_name = {row["who"]: row for row in rows}
-    assert {"parastep", "tail", "calibrated", "fewer steps", "noise floor"} <= by_name.keys()
-    assert sum(name.startswith("fewer steps,") for name in by_name) == 2
-    methods = [by_name[who] for who in ("parastep", "tail", "calibrated")]
-    assert {len(row["windows"]) for row in methods} == {by_name["fewer steps"]["depth"]}
-    assert all(math.isfinite(row["psnr_db"]) for row in methods)
-    assert by_name["noise floor"]["psnr_db"] > max(row["psnr_db"] for row in methods)
-    assert told[0] == f"{model} p=2: sequential"
+    setting = Setting(steps=5, images=2, calibration_images=1, degrees=(2, 3))
+    said = []
+    subject = Subject(model, setting, said.append)
+    rows = [*subject.uncalibrated(), *subject.calibrated()]
+    for degree in setting.degrees:
+        by_name = {row["who"]: row for row in rows if row["degree"] == degree}
+        assert sum(name.startswith("fewer steps,") for name in by_name) == 2
+        methods = [by_name[who] for who in ("parastep", "tail", "calibrated")]
+        assert {len(row["windows"]) for row in methods} == {by_name["fewer steps"]["depth"]}
+        assert all(math.isfinite(row["psnr_db"]) for row in methods)
+    (floor,) = [row for row in rows if row["who"] == "noise floor"]
+    assert floor["depth"] == 5
+    assert floor["psnr_db"] > max(row["psnr_db"] for row in rows if row is not floor)
+    assert said[0] == f"{model} sequential"
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(240)
+def test_rows_come_one_by_one_and_do_not_depend_on_the_processes():
+    setting = Setting(steps=5, images=1, calibration_images=1, degrees=(2,))
+    counts = []
+    together = fidelity.measure(setting, keep=lambda rows: counts.append(len(rows)))
+    assert together == fidelity.measure(setting, ranks=1)
+    assert counts == sorted(counts)
+    assert 0 < counts[0] < len(together)
 
 
 @pytest.mark.ranks

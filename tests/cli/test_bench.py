@@ -72,8 +72,16 @@ def test_steps_tables(tmp_path, capsys, monkeypatch):
     seconds = {"median": 0.25, "low": 0.2, "high": 0.3}
     facts = {"denoiser_seconds": seconds, "half_batch_cost": 0.6}
     monkeypatch.setattr(speed, "measure", lambda race, on_note: (timed, facts))
-    monkeypatch.setattr(steps.fidelity, "measure", lambda setting, on_note: (drawn, {"dit": 130.0}))
     out = tmp_path / "s.json"
+    on_the_way = []
+
+    def measure(setting, on_note, keep):
+        for count in range(len(drawn) + 1):
+            on_the_way.append(json.loads(out.read_text()))
+            keep(drawn[:count])
+        return drawn
+
+    monkeypatch.setattr(steps.fidelity, "measure", measure)
     assert main(["bench", "steps", "--quick", "--repeats", "1", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     for words in ("step2 tail", "1.85x", "34.5 dB", "half a batch 0.60", f"written: {out}"):
@@ -82,3 +90,10 @@ def test_steps_tables(tmp_path, capsys, monkeypatch):
     assert summary["psnr_tail_db"] == {"dit": {"p4": 30.5}}
     assert summary["margin_calibrated_over_parastep_db"] == {"dit": {"p4": 14.0}}
     assert {"speedup_2ranks", "ceiling_2ranks", "bytes_per_rank"} <= summary.keys()
+    # Whole and readable from the timed part on, and richer with every row.
+    assert [len(found["rows"]) - len(timed) for found in on_the_way] == [0, 0, 1, 2, 3]
+    assert all("speedup_2ranks" in found["summary"] for found in on_the_way)
+    assert on_the_way[2]["summary"]["psnr_tail_db"] == {}
+    assert on_the_way[3]["summary"]["margin_tail_over_parastep_db"] == {"dit": {"p4": 10.0}}
+    assert not any(found["complete"] for found in on_the_way)
+    assert json.loads(out.read_text())["complete"]

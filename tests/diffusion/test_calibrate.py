@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stretto.diffusion.api import emulate
-from stretto.diffusion.calibrate import calibrate, tensor_of
+from stretto.diffusion.calibrate import calibrate, calibrations, tensor_of
 from stretto.diffusion.calibration import write_calibration
 from stretto.diffusion.local_errors import (
     Record,
@@ -235,3 +235,14 @@ def test_pictures_become_one_tensor():
     assert tensor_of(([[white, white]],)).shape == (1, 2, 4, 6, 3)
     assert tensor_of(([white],)).max() == 1.0
     assert tensor_of((torch.ones(2, 3),)).dtype == torch.float64
+
+
+def test_several_degrees_at_once_are_the_single_ones():
+    """Windows of a larger degree begin with those of a smaller one, to the bit."""
+    pipe, calls = pipeline("sd15-unipc"), [call_of("sd15-unipc", seed) for seed in (0, 1)]
+    depths = {2: [4], 3: [3, 4]}
+    together = calibrations(pipe, calls[:1], depths=depths, holdout=calls[1:])
+    for degree, wanted in depths.items():
+        alone = calibrate(pipe, calls[:1], degree=degree, depths=wanted, holdout=calls[1:])
+        assert together[degree].frontier == alone.frontier
+        assert together[degree].damping == alone.damping

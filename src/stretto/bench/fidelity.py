@@ -7,7 +7,7 @@ and seeds than those the comparison is made on.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from stretto.bench.speed import DATA_RANGE
 from stretto.diffusion import quality
 from stretto.diffusion.api import emulate
-from stretto.diffusion.calibrate import calibrate
+from stretto.diffusion.calibrate import calibrations
 from stretto.diffusion.calibration import Calibration
 from stretto.diffusion.folder import open_pipeline
 from stretto.errors import SplitMismatch
@@ -27,7 +27,8 @@ from stretto.plan.model import Plan
 from stretto.plan.options import Parastep, Steps, Tail, Windows
 from stretto.search.windows import default_depth
 
-MODELS = ("dit", "unet")
+#: Processor time of a picture's step, relative to the first (one thread of a 2026 server core).
+MODELS = {"dit": 1.0, "unet": 0.35}
 #: Classes of calibrations: a top, another, a shoe and a bag, because errors of single pictures
 #: differ by 30 dB. The comparison is made on the six others.
 CALIBRATED, HELD_OUT = (0, 2, 5, 8), (1, 3, 4, 6, 7, 9)
@@ -35,8 +36,18 @@ CALIBRATED, HELD_OUT = (0, 2, 5, 8), (1, 3, 4, 6, 7, 9)
 MEASURED_SEED, CHOSEN_SEED, HELD_OUT_SEED = 100, 200, 1000
 _TIMEOUT_S = 1800.0
 _PRELOAD = ("stretto.bench.fidelity", "stretto.diffusion.shipped.load")
+#: What is measured of a model, methods of `Subject`, with costs in sequential generations of
+#: the held-out pictures at the full setting.
+_PARTS = (("calibrated", 13.0), ("uncalibrated", 8.0))
+_ORDER = ("parastep", "tail", "calibrated", "fewer steps", "noise floor")
 #: Solvers of second order, as one device may use them in as many steps.
 _SOLVERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
+
+Row = dict[str, Any]
+#: A model and what is measured of it.
+Task = tuple[str, str]
+#: Gets all rows so far whenever there are new ones.
+Keep = Callable[[list[Row]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,105 +62,137 @@ class Setting:
 
 
 def measure(
-    setting: Setting, *, ranks: int = 2, on_note: OnNote | None = None
-) -> tuple[list[dict], dict[str, float]]:
-    """Rows of all models and degrees, shared out over processes; noise floor per model in dB.
+    setting: Setting, *, ranks: int = 2, on_note: OnNote | None = None, keep: Keep | None = None
+) -> list[Row]:
+    """Rows of all models and degrees, shared out over processes of one thread each."""
+    so_far: dict[int, list[Row]] = {}
 
-    A process has one thread, and a model and degree is measured by one process alone.
-    """
-    tasks = [(m, p) for m in MODELS for p in sorted(setting.degrees, reverse=True)]
+    def follow(rank: int, note: dict[str, Any]) -> None:
+        rows = note.get("rows") or []
+        if keep and len(rows) > len(so_far.get(rank, [])):
+            so_far[rank] = rows
+            keep(_sorted(so_far.values()))
+        if on_note:
+            on_note(rank, note)
+
     shared = launch(
         on_rank,
-        tasks,
+        shares(ranks),
         setting,
         ranks=ranks,
         timeout_s=_TIMEOUT_S,
         preload=_PRELOAD,
-        on_note=on_note,
+        on_note=follow,
     )
-    found = {task: part for parts in shared for task, part in parts.items()}
-    rows = [row for task in sorted(found) for row in found[task]]
-    floors = {row["model"]: row["psnr_db"] for row in rows if row["who"] == "noise floor"}
-    return rows, floors
+    return _sorted(shared)
 
 
-def on_rank(
-    tell: Tell, tasks: Sequence[tuple[str, int]], setting: Setting
-) -> dict[tuple[str, int], list[dict]]:
-    """This process's share of the tasks."""
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    found = {}
-    for model, degree in tasks[rank::ranks]:
-        subject = Subject(model, degree, setting, tell)
-        found[model, degree] = list(subject.rows())
+def shares(ranks: int) -> list[list[Task]]:
+    """The tasks of each process, the longest first, each to the one that has least to do."""
+    costs = {(m, part): weight * cost for m, weight in MODELS.items() for part, cost in _PARTS}
+    found: list[list[Task]] = [[] for _ in range(ranks)]
+    for task in sorted(costs, key=lambda task: -costs[task]):
+        min(found, key=lambda tasks: sum(costs[each] for each in tasks)).append(task)
     return found
 
 
-class Subject:
-    """A shipped model at one degree: its held-out pictures, and what methods make of them."""
+def on_rank(tell: Tell, tasks: Sequence[Sequence[Task]], setting: Setting) -> list[Row]:
+    """The rows of this process's share of the tasks; each note carries all rows so far."""
+    rows: list[Row] = []
 
-    def __init__(self, model: str, degree: int, setting: Setting, tell: Tell):
+    def say(stage: str) -> None:
+        tell(stage, rows=rows)
+
+    for model, part in tasks[int(os.environ.get("RANK", "0"))]:
+        subject = Subject(model, setting, say)
+        for row in getattr(subject, part)():
+            rows.append(row)
+            say(f"{model} p={row['degree']}: {row['who']} measured")
+    return rows
+
+
+def _sorted(parts: Iterable[list[Row]]) -> list[Row]:
+    def place(row: Row) -> tuple:
+        who = row["who"]
+        return (row["model"], row["degree"], _ORDER.index(who.split(",")[0]), who)
+
+    return sorted((row for rows in parts for row in rows), key=place)
+
+
+class Subject:
+    """A shipped model: its held-out pictures, and what methods make of them at each degree."""
+
+    def __init__(self, model: str, setting: Setting, say: Callable[[str], None]):
         self.model = model
-        self.degree = degree
         self.setting = setting
-        self.depth = default_depth(setting.steps, degree)
         self._pipe = open_pipeline(model)
-        self._tell = tell
+        self._say = say
         self._reference = self._held_out(setting.steps, "sequential")
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """The methods at this depth, those on one device with as many plain steps, the floor."""
-        known = self._calibration()
-        entry = known.entry(self.depth)
-        plans: tuple[tuple[str, Windows, str], ...] = (
-            ("parastep", Parastep(), "damped"),
-            ("tail", Tail(), "damped"),
-            ("calibrated", known.option(entry), entry.predictor),
-        )
-        for who, windows, predictor in plans:
-            pictures, sizes = self._parallel(who, windows, predictor)
-            guesses = "stored" if entry.damping and who == "calibrated" else predictor
-            yield self._row(
-                who, pictures, windows=sizes, guesses="own" if who == "parastep" else guesses
-            )
-        yield self._row("fewer steps", self._held_out(self.depth, "fewer steps"))
-        for name in _SOLVERS:
-            with self._solver(name):
-                yield self._row(f"fewer steps, {name}", self._held_out(self.depth, name))
+    def uncalibrated(self) -> Iterator[Row]:
+        """The analytic and the published schedule, as many plain steps on one device, the floor."""
+        for degree in self._degrees:
+            for who, windows in (("parastep", Parastep()), ("tail", Tail())):
+                guesses = "own" if who == "parastep" else "damped"
+                yield self._parallel(who, degree, windows) | {"guesses": guesses}
+        for degree in self._degrees:
+            yield from self._fewer_steps(degree)
         yield from self._floor()
 
-    def _calibration(self) -> Calibration:
+    def calibrated(self) -> Iterator[Row]:
+        """Windows measured here, on pictures that the comparison does not use."""
+        for degree, known in self._calibrations().items():
+            entry = known.entry(self._depth(degree))
+            row = self._parallel("calibrated", degree, known.option(entry), entry.predictor)
+            yield row | {"guesses": "stored" if entry.damping else entry.predictor}
+
+    @property
+    def _degrees(self) -> list[int]:
+        return sorted(self.setting.degrees, reverse=True)
+
+    def _depth(self, degree: int) -> int:
+        return default_depth(self.setting.steps, degree)
+
+    def _calibrations(self) -> dict[int, Calibration]:
         count, steps = self.setting.calibration_images, self.setting.steps
         labels = [CALIBRATED[index % len(CALIBRATED)] for index in range(count)]
         # Two calls, because the first half leaves few of the plans for the second.
         chosen = [part for part in (labels[::2], labels[1::2]) if part]
         seeds = range(CHOSEN_SEED, HELD_OUT_SEED, count)
-        return calibrate(
+        return calibrations(
             self._pipe,
             [self._call(labels, MEASURED_SEED, steps)],
-            degree=self.degree,
-            depths=[self.depth],
+            depths={degree: [self._depth(degree)] for degree in self._degrees},
             holdout=[
                 self._call(part, seed, steps) for part, seed in zip(chosen, seeds, strict=False)
             ],
-            say=lambda stage: self._tell(f"{self.model} p={self.degree}: {stage}"),
+            say=lambda stage: self._say(f"{self.model}: {stage}"),
         )
 
-    def _parallel(self, who: str, windows: Windows, predictor: str) -> tuple[Tensor, list[int]]:
-        steps = Steps(degree=self.degree, windows=windows, predictor=predictor, exact_split=False)
-        with emulate(self._pipe, Plan(step=steps)) as run:
-            pictures = self._held_out(self.setting.steps, who)
-        assert run.report.depth == self.depth, "schedules are compared at one depth"
-        return pictures, list(run.report.sizes)
+    def _parallel(self, who: str, degree: int, windows: Windows, predictor: str = "damped") -> Row:
+        steps = Steps(degree=degree, windows=windows, predictor=predictor, exact_split=False)
+        with emulate(self._pipe, Plan(step=steps), reuse=True) as run:
+            pictures = self._held_out(self.setting.steps, f"p={degree}: {who}")
+        assert run.report.depth == self._depth(degree), "schedules are compared at one depth"
+        return self._row(who, degree, pictures) | {"windows": list(run.report.sizes)}
 
-    def _floor(self) -> Iterator[dict[str, Any]]:
+    def _fewer_steps(self, degree: int) -> Iterator[Row]:
+        """One device, as many steps as the ranks take rounds: the same solver, and better ones."""
+        who, depth = "fewer steps", self._depth(degree)
+        yield self._row(who, degree, self._held_out(depth, f"p={degree}: {who}"))
+        for name in _SOLVERS:
+            with self._solver(name):
+                pictures = self._held_out(depth, f"p={degree}: {name}")
+            yield self._row(f"{who}, {name}", degree, pictures)
+
+    def _floor(self) -> Iterator[Row]:
         """Sequential with its batch cut in two: what differs is rounding."""
         try:
             with emulate(self._pipe, Plan(cfg=2)):
                 pictures = self._held_out(self.setting.steps, "noise floor")
         except SplitMismatch:
             return
-        yield self._row("noise floor", pictures) | {"depth": self.setting.steps}
+        yield self._row("noise floor", 1, pictures) | {"depth": self.setting.steps}
 
     @contextmanager
     def _solver(self, name: str) -> Iterator[None]:
@@ -168,7 +211,7 @@ class Subject:
             self._pipe.scheduler = known
 
     def _held_out(self, steps: int, stage: str) -> Tensor:
-        self._tell(f"{self.model} p={self.degree}: {stage}")
+        self._say(f"{self.model} {stage}")
         labels = [HELD_OUT[index % len(HELD_OUT)] for index in range(self.setting.images)]
         return self._pipe(**self._call(labels, HELD_OUT_SEED, steps)).images
 
@@ -182,19 +225,18 @@ class Subject:
             "output_type": "latent",
         }
 
-    def _row(self, who: str, pictures: Tensor, **more: Any) -> dict[str, Any]:
+    def _row(self, who: str, degree: int, pictures: Tensor) -> Row:
         found = quality.psnr(pictures, self._reference, data_range=DATA_RANGE)
         return {
             "part": "fidelity",
             "model": self.model,
-            "degree": self.degree,
+            "degree": degree,
             "who": who,
             "steps": self.setting.steps,
             "images": self.setting.images,
-            "depth": self.depth,
+            "depth": self._depth(degree),
             "psnr_db": found.average,
             "pooled_db": found.mean,
             "psnr_worst_item_db": found.worst_item,
             "relative_l2": quality.relative_l2(pictures, self._reference),
-            **more,
         }

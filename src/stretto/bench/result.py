@@ -15,7 +15,10 @@ from stretto.errors import ConfigError
 
 
 def begin(case: str, device: str, **more: Any) -> dict[str, Any]:
-    """A result without rows: what runs, on what, beside which load. Basis: measured."""
+    """A result without rows: what runs, on what, beside which load. Basis: measured.
+
+    `complete` is false until `end`: a file with it was written on the way.
+    """
     return {
         "stretto": "result/1",
         "case": case,
@@ -23,6 +26,7 @@ def begin(case: str, device: str, **more: Any) -> dict[str, Any]:
         "device": device,
         **provenance(),
         "load": {"before": load_now()},
+        "complete": False,
         **more,
         "rows": [],
         "summary": {},
@@ -30,8 +34,9 @@ def begin(case: str, device: str, **more: Any) -> dict[str, Any]:
 
 
 def end(result: dict[str, Any]) -> None:
-    """Record the load at the end, and whether other work kept the cores busy at the start."""
+    """Record the load at the end, whether other work kept the cores busy at the start, the end."""
     result["load"]["after"] = load_now()
+    result["complete"] = True
     result["busy"] = result["load"]["before"] > result["cores"] / 2
 
 

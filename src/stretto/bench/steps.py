@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,8 @@ from stretto.diffusion.provenance import load_now
 from stretto.mesh.launch import OnNote
 
 Say = Callable[..., None]
+#: Gets the whole document whenever more of it is known.
+Keep = Callable[[dict[str, Any]], None]
 
 #: Keys of the summary, by the row that they come from.
 _FIDELITY = {
@@ -49,18 +52,31 @@ QUICK = Size(
 )
 
 
-def run(size: Size, *, repeats: int = 5, say: Say | None = None) -> dict[str, Any]:
-    """The document result/1: rows of both parts and the summary. Starts two ranks, twice."""
+def run(
+    size: Size, *, repeats: int = 5, say: Say | None = None, keep: Keep | None = None
+) -> dict[str, Any]:
+    """The document result/1: rows of both parts and the summary. Starts two ranks, twice.
+
+    First what is timed, alone on the machine; then fidelity, whose rows `keep` gets one by one.
+    """
     race = replace(size.race, repeats=repeats)
-    on_note = _following(say)
+    on_note, keep = _following(say), keep or (lambda found: None)
     device = f"2 ranks of 1 thread, {document.cpu_name()}"
     found = document.begin("diffusion/steps", device, repeats=repeats, notes=list(_NOTES))
+    began = time.perf_counter()
     timed, facts = speed.measure(race, on_note)
     found["load"]["after speed"] = load_now()
-    drawn, floors = fidelity.measure(size.setting, on_note=on_note)
+    found["seconds"] = {"speed": time.perf_counter() - began}
     found |= facts
-    found["rows"] = [*timed, *drawn]
-    found["summary"] = {**speed_summary(timed), **fidelity_summary(drawn, floors)}
+
+    def fill(drawn: list[dict[str, Any]]) -> None:
+        found["rows"] = [*timed, *drawn]
+        found["summary"] = {**speed_summary(timed), **fidelity_summary(drawn)}
+        keep(found)
+
+    fill([])
+    fill(fidelity.measure(size.setting, on_note=on_note, keep=fill))
+    found["seconds"]["total"] = time.perf_counter() - began
     document.end(found)
     return found
 
@@ -95,8 +111,11 @@ def speed_summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def fidelity_summary(rows: Sequence[dict[str, Any]], floors: dict[str, float]) -> dict[str, Any]:
-    """PSNR by method, model and degree, and the margins between methods, all in dB."""
+def fidelity_summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """PSNR by method, model and degree, and the margins between methods, all in dB.
+
+    Of the rows there are: a margin appears when both its methods were measured.
+    """
     found: dict[str, Any] = {key: _by_task(rows, {who}) for key, who in _FIDELITY.items()}
     others = {row["who"] for row in rows if row["who"].startswith("fewer steps")}
     found["psnr_best_fewer_steps_db"] = _by_task(rows, others)
@@ -110,10 +129,11 @@ def fidelity_summary(rows: Sequence[dict[str, Any]], floors: dict[str, float]) -
     for ours, theirs in margins:
         x, y = found[f"psnr_{ours}_db"], found[f"psnr_{theirs}_db"]
         found[f"margin_{ours}_over_{theirs}_db"] = {
-            model: {p: x[model][p] - y[model][p] for p in x[model]} for model in x
+            model: {p: x[model][p] - y[model][p] for p in x[model].keys() & y[model].keys()}
+            for model in x.keys() & y.keys()
         }
-    found["noise_floor_db"] = floors
-    return found
+    floors = {row["model"]: row["psnr_db"] for row in rows if row["who"] == "noise floor"}
+    return found | {"noise_floor_db": floors}
 
 
 def _by_task(

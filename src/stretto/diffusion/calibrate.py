@@ -9,8 +9,8 @@ Source: design brief of step parallelism, section 4.5.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from statistics import fmean
 from typing import Any
@@ -63,28 +63,48 @@ def calibrate(
     Raises PlanMismatch for a degree or depth that does not fit, ConfigError for calls of unequal
     steps, UnsupportedPipeline for pipelines in the leader walk and calls that do not repeat.
     """
+    wanted = {degree: depths}
+    options = {"holdout": holdout, "denoiser": denoiser, "say": say}
+    return calibrations(pipe, calls, depths=wanted, **options)[degree]
+
+
+def calibrations(
+    pipe: Any,
+    calls: Sequence[Call],
+    *,
+    depths: Mapping[int, Sequence[int] | None],
+    holdout: Sequence[Call],
+    denoiser: str | None = None,
+    say: Say | None = None,
+) -> dict[int, Calibration]:
+    """A calibration for every degree in `depths`, each as `calibrate` makes it, for less.
+
+    Windows of the largest degree hold those of the smaller ones, so errors are measured once.
+    Raises as `calibrate` does.
+    """
     say = say or (lambda text: None)
-    _check_request(calls, holdout, degree)
+    _check_request(calls, holdout, min(depths))
     say(f"recording {len(calls)} sequential call(s)")
     records = [record(pipe, call, denoiser=denoiser) for call in calls]
     noise = _common_grid(records)
-    chosen = _checked_depths(depths, len(noise) - 1, degree)
-    planner = _measure(pipe, calls, records, degree, denoiser, say)
-    bench = _Bench.of(pipe, holdout, degree, denoiser)
-    frontier = []
-    for depth in chosen:
-        say(f"verifying depth {depth} on {len(holdout)} held-out call(s)")
-        frontier.append(_best_entry(planner, bench, depth))
+    chosen = {p: _checked_depths(wanted, len(noise) - 1, p) for p, wanted in depths.items()}
+    planner = _measure(pipe, calls, records, max(depths), denoiser, say)
+    bench = _Bench.of(pipe, holdout, max(depths), denoiser)
+    frontiers = {p: _frontier(planner.at(p), bench.at(p), chosen[p], say) for p in chosen}
     say("measuring the noise floor")
-    return Calibration(
-        subject=fingerprint(pipe, denoiser=denoiser),
-        degree=degree,
-        steps=len(noise) - 1,
-        noise=noise,
-        damping=planner.damping,
-        frontier=tuple(frontier),
-        evidence=_evidence(pipe, calls, bench, records[0], denoiser),
-    )
+    evidence = _evidence(pipe, calls, bench, records[0], denoiser)
+    return {
+        degree: Calibration(
+            subject=fingerprint(pipe, denoiser=denoiser),
+            degree=degree,
+            steps=len(noise) - 1,
+            noise=noise,
+            damping=planner.at(degree).damping,
+            frontier=frontier,
+            evidence=evidence,
+        )
+        for degree, frontier in frontiers.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -106,6 +126,10 @@ class _Planner:
     damping: tuple[float, ...]
     repeat: Errors
     damped: Errors
+
+    def at(self, degree: int) -> _Planner:
+        """The planner of a smaller degree: its windows and horizons are among the measured."""
+        return replace(self, degree=degree, damping=self.damping[: degree - 1])
 
     def candidates(self, depth: int) -> list[Candidate]:
         """Every window plan with every way to guess, each once; the analytic plan comes first."""
@@ -172,6 +196,10 @@ class _Bench:
         data_range = 1.0 if low >= 0.0 and high <= 1.0 else high - low
         return cls(pipe, calls, degree, denoiser, results, data_range)
 
+    def at(self, degree: int) -> _Bench:
+        """The same calls and references for another degree."""
+        return replace(self, degree=degree, kept={})
+
     def psnr_db(
         self, windows: Windows, predictor: str = "damped", num_calls: int | None = None
     ) -> float:
@@ -179,7 +207,7 @@ class _Bench:
         plan = Plan(step=Steps(degree=self.degree, windows=windows, predictor=predictor))
         kept = self.kept.setdefault(plan, [])
         calls, references = self.calls[:num_calls], self.references[:num_calls]
-        with emulate(self.pipe, plan, denoiser=self.denoiser):
+        with emulate(self.pipe, plan, denoiser=self.denoiser, reuse=True):
             kept += [tensor_of(self.pipe(**fresh(call))) for call in calls[len(kept) :]]
         joined = torch.cat(kept[: len(calls)]), torch.cat(references)
         return psnr(*joined, data_range=self.data_range).average
@@ -187,6 +215,16 @@ class _Bench:
     def candidate_db(self, candidate: Candidate, num_calls: int | None = None) -> float:
         option = Listed(sizes=candidate.windows, damping=candidate.damping)
         return self.psnr_db(option, candidate.predictor, num_calls)
+
+
+def _frontier(
+    planner: _Planner, bench: _Bench, depths: Sequence[int], say: Say
+) -> tuple[Entry, ...]:
+    entries = []
+    for depth in depths:
+        say(f"verifying depth {depth} on {len(bench.calls)} held-out call(s)")
+        entries.append(_best_entry(planner, bench, depth))
+    return tuple(entries)
 
 
 def _best_entry(planner: _Planner, bench: _Bench, depth: int) -> Entry:
