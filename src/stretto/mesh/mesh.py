@@ -62,6 +62,8 @@ class Mesh(ABC):
         self.world_rank = rank
         self.device = torch.device(device)
         self.timeout_s = timeout_s
+        #: What all ranks have found to be the same, so that it need not be compared again.
+        self.agreed: set[str] = set()
         self._place: dict[str | None, int] = {None: rank}
         self._peers: dict[str | None, list[int]] = {None: list(range(self.world_size))}
         for axis in axes.NAMES:

@@ -1,0 +1,306 @@
+"""Attention over a sequence that is split over ranks: the public operator, with gradients.
+
+B batch   H query heads   G key/value heads   L, S rows of q and of k, v here   D head dim
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stretto.errors import PlanMismatch, RanksDisagree, ShapeError, UnsupportedModel
+from stretto.mesh.mesh import Mesh
+from stretto.ops.attention import backends
+from stretto.ops.attention.block import Block
+from stretto.ops.attention.rank import Saved, backward_rank, forward_rank
+from stretto.plan.context import AttentionCase, Context, Tile
+from stretto.plan.ranges import Mask
+
+__all__ = ["attention", "backward_rank", "forward_rank"]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mesh: Mesh | None = None,
+    plan: Context | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    documents: Sequence[int] | None = None,
+    q_offset: int | None = None,
+    tokens: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Any:
+    """Exact softmax attention over a sequence split along mesh["cp"], differentiable.
+
+    q is (B, H, L, D), k and v are (B, G, S, D), H a multiple of G: this rank's rows in the plan's
+    layout, in ascending order of position (`layout.shard` cuts them). One dtype: float64 or
+    float32, on CUDA also bfloat16, float16. Returns out like q; with `return_lse` also the natural
+    log-sum-exp (B, H, L), float32 (float64 for float64), not differentiable. A query that sees no
+    key has out 0, lse -inf and gradient 0.
+
+    `plan`: a Context (or a Plan, whose `cp` is taken); None takes the tile that the mesh's sizes
+    describe. `mesh` None is one rank. `causal`: query i sees keys up to i + q_offset; `window`:
+    only the last `window` of those (both sides without causal); `documents`: lengths that sum to
+    the keys of the whole sequence, attention stays within each. `tokens`: lengths of the whole
+    sequence, of queries and keys if they differ; None asks the other ranks, one small message per
+    call, unless `documents` tell. `scale` is D**-0.5.
+
+    Sends plan.wire(case) bytes per rank, nothing on one. Results do not depend on timing. The
+    first call of a kind compares plan and case among the ranks.
+    Raises ShapeError; PlanMismatch when degrees do not fit heads or mesh; UnsupportedModel for
+    dropout and dense masks; RanksDisagree; MeshTimeout, RankLost.
+    Source: StarTrail, NeurIPS 2025, section 3; Ring Attention; DeepSpeed-Ulysses.
+    """
+    _refuse(attn_mask, dropout_p)
+    _check_tensors(q, k, v)
+    context = _context(mesh, plan)
+    asked = None if documents is None else tuple(int(n) for n in documents)
+    mask = Mask(causal=causal, window=window, q_offset=q_offset, documents=asked)
+    shapes = (q.shape[0], q.shape[1], k.shape[1], q.shape[3])
+    context.check_heads(q.shape[1], k.shape[1])
+    backends.choose(q.device, q.dtype, q.shape[3], backend)
+    lengths = _lengths(mesh, context, mask, tokens, (q, k), (shapes, scale, str(q.dtype), backend))
+    rank = mesh.rank("cp") if mesh is not None and context.degree > 1 else 0
+    case = _case(context, *lengths, shapes, q.element_size(), mask, rank, return_lse)
+    _check_rows(case, context, q.shape[2], k.shape[2])
+    settings = (mesh if context.degree > 1 else None, context, case, scale, backend)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        out, lse = _Attention.apply(q, k, v, settings)
+    else:
+        out, lse, _ = _forward(q, k, v, settings)
+    return (out, lse) if return_lse else out
+
+
+class _Attention(torch.autograd.Function):
+    """Saves q, k, v after the exchange of heads, the output, lse, and what the plan keeps.
+
+    Received keys and values are fetched again in backward.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, settings):
+        out, lse, saved = _forward(q, k, v, settings)
+        blocks = [saved.q, saved.kv, *saved.kept]
+        ctx.frames = [(block.rows, block.specs) for block in blocks]
+        ctx.job, ctx.settings = saved.job, settings
+        ctx.save_for_backward(out, saved.lse, *(block.buffer for block in blocks))
+        if lse is not None:
+            ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, _dlse):
+        out, lse, *buffers = ctx.saved_tensors
+        q, kv, *kept = (
+            Block.over(rows, buffer, specs)
+            for (rows, specs), buffer in zip(ctx.frames, buffers, strict=True)
+        )
+        saved = Saved(ctx.job, q, kv, out, lse, kept)
+        with _ending_peers(ctx.settings[0], "attention backward"):
+            return *backward_rank(dout, saved), None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, settings: tuple) -> tuple:
+    mesh, context, case, scale, backend = settings
+    with _ending_peers(mesh, "attention forward"):
+        return forward_rank(
+            q, k, v, mesh=mesh, context=context, case=case, scale=scale, backend=backend
+        )
+
+
+def _ending_peers(mesh: Mesh | None, what: str):
+    return contextlib.nullcontext() if mesh is None else mesh.ending_peers(what)
+
+
+# ---- what is asked -----------------------------------------------------------------------------
+
+
+def _refuse(attn_mask: Tensor | None, dropout_p: float) -> None:
+    if attn_mask is not None:
+        raise UnsupportedModel(
+            f"attn_mask of shape {tuple(attn_mask.shape)}: a dense mask cannot be split exactly "
+            "without sending it around\n"
+            "  to fix: causal=True, window=..., and documents=(lengths) for padding and packing"
+        )
+    if dropout_p:
+        raise UnsupportedModel(
+            f"dropout_p={dropout_p:g}: dropout masks of sequence-parallel attention would depend "
+            "on the plan\n  to fix: attention dropout 0, and dropout after the output projection"
+        )
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not q.ndim == k.ndim == v.ndim == 4:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ShapeError(f"q, k, v have shapes {shapes}; expected (batch, heads, rows, head dim)")
+    if k.shape != v.shape:
+        raise ShapeError(f"k is {tuple(k.shape)} and v is {tuple(v.shape)}; they must be alike")
+    facts = {
+        "dtype": (q.dtype, k.dtype, v.dtype),
+        "device": (q.device, k.device, v.device),
+        "batch": (q.shape[0], k.shape[0], v.shape[0]),
+        "head dim": (q.shape[3], k.shape[3], v.shape[3]),
+    }
+    for what, values in facts.items():
+        if len(set(values)) > 1:
+            raise ShapeError(f"{what} of q, k, v: {', '.join(map(str, values))}; they must be one")
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ShapeError(
+            f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key/value heads"
+        )
+
+
+def _context(mesh: Mesh | None, plan: Context | None) -> Context:
+    """The plan asked for, or the one that the mesh describes; they must agree."""
+    context = getattr(plan, "cp", plan)
+    if mesh is None:
+        if context is not None and context.degree > 1:
+            raise PlanMismatch(
+                f"the plan {context.short()} needs {context.degree} ranks, and no mesh is given; "
+                "pass mesh=init_mesh(plan), or no plan for one rank"
+            )
+        return context or Context()
+    sizes = {axis: mesh.size(axis) for axis in Context().sizes}
+    if context is None:
+        return _described(sizes)
+    wanted = context.sizes
+    if not context.two_level:
+        sizes = {axis: mesh.size(axis) for axis in ("ring", "team", "ulysses")}
+        wanted = {axis: getattr(context, axis) for axis in sizes}
+    if sizes != wanted and context.degree > 1:
+        raise PlanMismatch(
+            f"the plan {context.short()} needs axes {_axes(wanted)}, the mesh has {_axes(sizes)}"
+        )
+    return context
+
+
+def _described(sizes: dict[str, int]) -> Context:
+    """The tile on a mesh's axes, of two levels where an axis has both."""
+    out, inner = (
+        {axis: sizes[f"{axis}_{level}"] for axis in ("ring", "team")} for level in ("out", "in")
+    )
+    both = any(out[axis] > 1 and inner[axis] > 1 for axis in out)
+    tile = Tile(team_inner=inner["team"], ring_inner=inner["ring"]) if both else Tile()
+    return Context(
+        ulysses=sizes["ulysses"],
+        team=out["team"] * inner["team"],
+        ring=out["ring"] * inner["ring"],
+        schedule=tile,
+    )
+
+
+def _axes(sizes: dict[str, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+
+
+@lru_cache(maxsize=256)
+def _case(
+    context: Context,
+    q_tokens: int,
+    kv_tokens: int,
+    shapes: tuple[int, int, int, int],
+    item_bytes: int,
+    mask: Mask,
+    rank: int,
+    return_lse: bool,
+) -> AttentionCase:
+    batch, heads_q, heads_kv, head_dim = shapes
+    return AttentionCase.of(
+        context,
+        tokens=q_tokens,
+        kv_tokens=kv_tokens,
+        heads=(heads_q, heads_kv),
+        head_dim=head_dim,
+        batch=batch,
+        item_bytes=item_bytes,
+        mask=mask,
+        rank=rank,
+        return_lse=return_lse,
+    )
+
+
+def _check_rows(case: AttentionCase, context: Context, q_rows: int, kv_rows: int) -> None:
+    """The rows at hand must be those of the layout."""
+    given = {"q": q_rows, "k": kv_rows}
+    laid_out = {"q": case.q_rows, "k": case.kv_rows}
+    for name, rows in laid_out.items():
+        if given[name] != rows[case.rank].rows:
+            total = sum(part.rows for part in rows)
+            raise ShapeError(
+                f"{name} has {given[name]} rows on rank {case.rank}; layout {context.layout!r} of "
+                f"{total} rows over {context.degree} ranks gives it {rows[case.rank].rows}; cut "
+                "tensors with stretto.ops.attention.layout.shard"
+            )
+
+
+# ---- agreement ---------------------------------------------------------------------------------
+
+
+def _lengths(
+    mesh: Mesh | None,
+    context: Context,
+    mask: Mask,
+    tokens: int | tuple[int, int] | None,
+    local: tuple[Tensor, Tensor],
+    what: tuple,
+) -> tuple[int, int]:
+    """Rows of the whole sequence, of queries and keys; makes sure that all ranks mean the same."""
+    here = (local[0].shape[2], local[1].shape[2])
+    if mesh is None or context.degree == 1:
+        return here
+    known = (tokens, tokens) if isinstance(tokens, int) else tokens
+    if known is None and mask.documents is not None and mask.q_offset is None:
+        known = (sum(mask.documents),) * 2
+    shapes, scale, dtype, backend = what
+    fields = {
+        "plan": replace(context, layout="auto") if known is None else context,
+        "layout": context.layout,
+        "mask": mask,
+        "batch, heads, head dim": shapes,
+        "dtype": dtype,
+        "scale": scale,
+        "backend": backend,
+        "tokens": known,
+    }
+    text = "\n".join(f"{name}: {value}" for name, value in fields.items())
+    if known is not None and text in mesh.agreed:
+        return known
+    totals = _agreed(mesh, text, here)
+    mesh.agreed.add(text)
+    return known or totals
+
+
+def _agreed(mesh: Mesh, text: str, here: tuple[int, int]) -> tuple[int, int]:
+    """Compare what every rank is about to do; the sums of their rows."""
+    digest = hashlib.sha256(text.encode()).digest()[:8]
+    mine = torch.tensor([*here, int.from_bytes(digest, "little", signed=True)])
+    every = mesh.all_gather(mine, "cp", "control").wait()
+    if any(int(other[2]) != int(mine[2]) for other in every):
+        texts = [data.decode() for data in mesh.gather_bytes(text.encode(), "cp")]
+        raise RanksDisagree(_difference(texts))
+    return sum(int(other[0]) for other in every), sum(int(other[1]) for other in every)
+
+
+def _difference(texts: list[str]) -> str:
+    """Which field differs, and what it is where."""
+    for lines in zip(*(text.split("\n") for text in texts), strict=False):
+        if len(set(lines)) > 1:
+            values = {line: [r for r, other in enumerate(lines) if other == line] for line in lines}
+            sides = "; ".join(f"cp ranks {ranks}: {line}" for line, ranks in values.items())
+            return f"ranks are about to run different attention calls: {sides}"
+    return "ranks are about to run different attention calls"
