@@ -27,6 +27,10 @@ class UnsupportedModel(ConfigError, NotImplementedError):
     """A model or attention call that cannot be split exactly, with the reason and a way out."""
 
 
+class Infeasible(PlanMismatch):
+    """A plan that needs more memory than its devices have; the message says by how much."""
+
+
 class ShapeError(ConfigError):
     """Tensors, lengths or masks that do not fit together; the message shows both sides."""
 

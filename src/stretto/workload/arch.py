@@ -61,25 +61,34 @@ def _gpt(name: str, layers: int, heads: int, head_dim: int, **more: Any) -> Arch
     return Arch(name=name, layers=layers, heads=heads, head_dim=head_dim, **fields)
 
 
-#: Layers, heads, head dim: GPT-2 (Radford 2019, table 2), GPT-3 (arXiv 2005.14165, table 2.1),
-#: OPT-30B (arXiv 2205.01068, table 1), Llama 3 (arXiv 2407.21783, table 3), DiT (arXiv 2212.09748).
+def _trained(name: str, layers: int, width: int, heads: int, kv_heads: int, ffn: int) -> Arch:
+    """A preset of the trainer: SwiGLU, a token per byte, its own output matrix."""
+    more = {"kv_heads": kv_heads, "feed_forward": ffn, "vocab": 264}
+    return _gpt(name, layers, heads, width // heads, mlp_matrices=3, tied=False, **more)
+
+
+#: The trainer's presets, and shapes of published models. Layers, heads, head dim: GPT-3 (arXiv
+#: 2005.14165, table 2.1), OPT-30B (arXiv 2205.01068, table 1), Llama 3 (arXiv 2407.21783, table
+#: 3), DiT-XL (arXiv 2212.09748, table 1).
 PRESETS = {
     arch.name: arch
     for arch in (
-        _gpt("gpt-small", 12, 12, 64),
-        _gpt("gpt-medium", 24, 16, 64),
-        _gpt("gpt-1.3b", 24, 16, 128),
-        _gpt("gpt-2.7b", 32, 32, 80),
-        _gpt("gpt-6.7b", 32, 32, 128),
-        _gpt("gpt-13b", 40, 40, 128),
-        _gpt("gpt-30b", 48, 56, 128),
-        Arch(
-            name="llama-8b",
-            layers=32,
-            width=4096,
-            heads=32,
+        _trained("gpt-tiny", 4, 128, 4, 4, 352),
+        _trained("gpt-small", 8, 512, 8, 4, 1408),
+        _trained("gpt-medium", 24, 1024, 16, 8, 2752),
+        _trained("gpt-large", 22, 2048, 32, 4, 5632),
+        _trained("gpt-8b", 32, 4096, 32, 8, 14336),
+        _gpt("gpt3-1.3b", 24, 16, 128),
+        _gpt("gpt3-2.7b", 32, 32, 80),
+        _gpt("gpt3-6.7b", 32, 32, 128),
+        _gpt("gpt3-13b", 40, 40, 128),
+        _gpt("opt-30b", 48, 56, 128, vocab=50272),
+        _gpt(
+            "llama3-8b",
+            32,
+            32,
+            128,
             kv_heads=8,
-            head_dim=128,
             feed_forward=14336,
             vocab=128256,
             mlp_matrices=3,

@@ -32,7 +32,8 @@ class Training(_Frozen):
     `model`: a preset or a path, which `arch` describes. `documents`: lengths that sum to `tokens`
     where sequences are packed. `state_bytes` per parameter: master weight, gradient and two
     moments of AdamW, each in float32. `efficiency`: the part of the device's matmul rate that
-    layers outside attention reach, one half where not measured.
+    layers outside attention reach, one half where not measured. `recompute`: layers keep only what
+    attention needs, and their inputs.
     """
 
     kind: Literal["train"] = "train"
@@ -45,6 +46,7 @@ class Training(_Frozen):
     documents: tuple[int, ...] | None = None
     state_bytes: int = Field(16, ge=0)
     efficiency: float = Field(0.5, gt=0, le=1)
+    recompute: bool = True
     limits: Limits = Limits()
 
     @model_validator(mode="after")
