@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stretto.diffusion.deferred import Deferred
 from stretto.diffusion.denoise import tensors_of
 from stretto.errors import NonFinite, RanksDisagree
 from stretto.mesh.mesh import Mesh
@@ -34,27 +36,30 @@ class Header:
     digest: bytes
 
 
-def gather(mesh: Mesh, guided: Tensor | None, like: Tensor, header: Header) -> list[Tensor]:
+def gather(
+    mesh: Mesh, guided: Tensor | None, like: Tensor, header: Header, deferred: Deferred
+) -> list[Tensor]:
     """Guided predictions of all positions of a window, in order.
 
     `guided` is this rank's own, None where the window has no position for it; `like` has the
-    shape and dtype of all. Sends Steps.wire(case) bytes. Raises NonFinite, RanksDisagree.
+    shape and dtype of all. Sends Steps.wire(case) bytes. Raises NonFinite and RanksDisagree, on a
+    GPU when the next window has closed.
     """
     own = mesh.rank("step")
     message = _packed(like if guided is None else guided, header)
     if header.size == mesh.size("step"):
         parts = mesh.all_gather(message, "step", "window").wait()
     else:
-        parts = [
-            mesh.broadcast(message.clone(), "step", owner, "window").wait()
+        under_way = [
+            mesh.broadcast(message if owner == own else message.clone(), "step", owner, "window")
             for owner in range(header.size)
         ]
-    headers = [_read_header(part) for part in parts]
-    _check(headers, header, own)
+        parts = [pending.wait() for pending in under_way]
+    heads = torch.stack([part[:HEADER_BYTES] for part in parts])
+    deferred.check(heads, lambda read: _check([_read_header(h) for h in read], header, own))
     found = [_unpacked(part, like) for part in parts]
     # Looked at after the exchange, so that all ranks raise and none waits for one that did.
-    for position, prediction in enumerate(found):
-        check_finite(prediction, position, header.start + position)
+    check_finite(found, header.start, deferred)
     return found
 
 
@@ -76,13 +81,24 @@ def check_start(mesh: Mesh, *arguments: Any) -> None:
             )
 
 
-def check_finite(guided: Tensor, rank: int, step: int) -> None:
-    """Raise NonFinite for a prediction that would poison every rank's latents."""
-    if not bool(torch.isfinite(guided).all()):
-        raise NonFinite(
-            f"step rank {rank}: the prediction of step {step} holds NaN or infinity; "
-            "use a wider dtype (bfloat16 or float32) or a smaller guidance scale"
-        )
+def check_finite(
+    predictions: Sequence[Tensor], start: int, deferred: Deferred, rank: int | None = None
+) -> None:
+    """Raise NonFinite for a prediction that would poison every rank's latents.
+
+    `predictions` are those of the steps from `start` on, each of its own step rank; or of `rank`.
+    """
+
+    def check(finite: Tensor) -> None:
+        for position, is_finite in enumerate(finite.tolist()):
+            if not is_finite:
+                whose = position if rank is None else rank
+                raise NonFinite(
+                    f"step rank {whose}: the prediction of step {start + position} holds NaN or "
+                    "infinity; use a wider dtype (bfloat16 or float32) or a smaller guidance scale"
+                )
+
+    deferred.check(torch.stack([torch.isfinite(p).all() for p in predictions]), check)
 
 
 def digest(*tensors: Tensor) -> bytes:
@@ -106,12 +122,15 @@ def _packed(guided: Tensor, header: Header) -> Tensor:
         header.digest,
     )
     head = (fixed + struct.pack(f"<{_MAX_DIMS}Q", *dims)).ljust(HEADER_BYTES, b"\0")
-    head_tensor = torch.frombuffer(bytearray(head), dtype=torch.uint8).to(guided.device)
+    head_tensor = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+    if guided.device.type == "cuda":
+        # From pageable memory the host would wait for the device.
+        head_tensor = head_tensor.pin_memory().to(guided.device, non_blocking=True)
     return torch.cat([head_tensor, _raw(guided)])
 
 
-def _read_header(message: Tensor) -> Header:
-    head = message[:HEADER_BYTES].cpu().numpy().tobytes()
+def _read_header(read: Tensor) -> Header:
+    head = read.numpy().tobytes()
     magic, rank, start, size, ndim, dtype, device, hashed = _LAYOUT.unpack_from(head)
     if magic != _MAGIC:
         raise RanksDisagree(f"a window message starts with {magic!r}, not {_MAGIC!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stretto.diffusion.randomness import Randomness
@@ -32,15 +33,17 @@ class Handover:
                 if k and isinstance(extra, Tensor) and value is extra:
                     self._recurrent[name] = k
 
-    def is_edited(self, call: StepCall) -> bool:
-        """Did the pipeline change latents, or draw random numbers, since the step before?"""
+    def edited(self, call: StepCall) -> Tensor | None:
+        """Did the pipeline change latents, or draw random numbers, since the step before?
+
+        A tensor of one truth value on the device of the latents; None before the second step.
+        """
         if self._result is None:
-            return False
+            return None
         before = sample_of(self._result)
-        same = before.shape == call.sample.shape and bool(
-            (before.to(call.sample.dtype) == call.sample).all()
-        )
-        return not same or self._randomness.moved()
+        if before.shape != call.sample.shape or self._randomness.moved():
+            return torch.ones((), dtype=torch.bool)
+        return (before.to(call.sample.dtype) != call.sample).any()
 
     def continued(self, call: StepCall, result: Any) -> StepCall:
         """A recorded call on the true sample, cast as the pipeline cast it, with carried extras."""

@@ -23,6 +23,8 @@ class Replay(Walk):
     name = "replay"
 
     def step(self, call: StepCall, inside: int) -> Any:
+        if 0 < inside == self.run.rank < self.run.window.size - 1 and self.carries:
+            self.run.window.own_state = self.run.state()
         if inside == self.run.window.size - 1:
             return self.close()
         return self.toward_own(call, inside)
@@ -32,7 +34,7 @@ class Replay(Walk):
         run, window = self.run, self.run.window
         run.mesh.record(f"window {window.index}: waiting for predictions", waiting=True)
         like = window.calls[0].guided
-        guided = exchange.gather(run.mesh, window.guided, like, self._header(like))
+        guided = exchange.gather(run.mesh, window.guided, like, self._header(like), run.deferred)
         guesses = self._guessed_latents() if self.carries else []
         self.rewind()
         result: Any = None
@@ -48,10 +50,9 @@ class Replay(Walk):
 
     def rewind(self) -> None:
         """Scheduler and generators as they were at the window's start."""
-        window = self.run.window
-        assert window.state is not None, "a window of several steps keeps its first state"
-        self.run.port.restore(window.state)
-        self.run.randomness.restore(window.random)
+        state = self.run.window.state
+        assert state is not None, "a window of several steps keeps its first state"
+        self.run.restore(state)
 
     @property
     def carries(self) -> bool:
@@ -74,18 +75,21 @@ class Replay(Walk):
         """The latents on which every position's prediction was evaluated.
 
         All ranks hold the history that guesses come from, so each walks them by itself: what the
-        scheduler computes need not be sent.
+        scheduler computes need not be sent. Up to its own position a rank has walked already.
         """
-        self.rewind()
         run, window = self.run, self.run.window
-        latents, result = [], None
-        for inside, call in enumerate(window.calls):
-            if inside:
-                call = run.handover.continued(call, result)
+        own = run.rank if run.rank < window.size else 0
+        latents = [call.sample for call in window.calls[: own + 1]]
+        if window.own_state is None:
+            self.rewind()
+        else:
+            run.restore(window.own_state)
+        call = window.calls[own]
+        for inside in range(own, window.size - 1):
+            guess = run.predictor.guess(run.noise[window.start + inside], inside + 1)
+            result = run.port.real(call.replaced(model_output=guess))
+            call = run.handover.continued(window.calls[inside + 1], result)
             latents.append(call.sample)
-            if inside < window.size - 1:
-                guess = run.predictor.guess(run.noise[window.start + inside], inside + 1)
-                result = run.port.real(call.replaced(model_output=guess))
         return latents
 
     def _measure(self, inside: int, true: Tensor) -> None:

@@ -73,12 +73,16 @@ class SchedulerPort:
                 "use a scheduler of that form, or Plan(cfg=...) alone"
             )
         self._last_result: Any = None
+        self._times = HostTimes()
 
     def bind(self, *args: Any, **kwargs: Any) -> StepCall:
         return StepCall(self.signature.bind(*args, **kwargs))
 
     def real(self, call: StepCall) -> Any:
         """A true step of the scheduler; its form is remembered for `unmoved`."""
+        time = call.named.get("timestep")
+        if isinstance(time, Tensor) and time.device.type != "cpu":
+            call = call.replaced(timestep=self._times.on_host(time, self.scheduler.timesteps))
         self._last_result = self._step(*call.args, **call.kwargs)
         return self._last_result
 
@@ -139,6 +143,41 @@ class SchedulerPort:
         if kind == "v_prediction":
             scale *= (1.0 - sigma) / math.hypot(1.0, sigma)
         return scale
+
+
+class HostTimes:
+    """The host's copy of a scheduler's timesteps.
+
+    Schedulers index tables of the host with the timestep; one that lives on the device would make
+    them wait for it in every step.
+    """
+
+    def __init__(self) -> None:
+        self._grid: Tensor | None = None
+        self._values: list[Tensor] = []
+
+    def on_host(self, time: Tensor, grid: Any) -> Tensor:
+        """The same value on the host if `time` is an item of `grid`, or of the grid seen before.
+
+        An item is known by its memory, so a pipeline's own timesteps come back as they are.
+        """
+        if isinstance(grid, Tensor) and grid is not self._grid and _shares(time, grid):
+            self._grid, self._values = grid, list(grid.cpu().unbind())
+        if self._grid is None or not _shares(time, self._grid):
+            return time
+        return self._values[time.storage_offset() - self._grid.storage_offset()]
+
+
+def _shares(item: Tensor, grid: Tensor) -> bool:
+    """Whether a tensor without dims is an item of a contiguous grid of one dim."""
+    return (
+        item.ndim == 0
+        and grid.ndim == 1
+        and grid.is_contiguous()
+        and item.dtype == grid.dtype
+        and item.untyped_storage().data_ptr() == grid.untyped_storage().data_ptr()
+        and 0 <= item.storage_offset() - grid.storage_offset() < len(grid)
+    )
 
 
 def sample_of(result: Any) -> Tensor:

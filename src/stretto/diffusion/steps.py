@@ -13,13 +13,15 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from stretto.diffusion import exchange
 from stretto.diffusion.batched import Meeting
+from stretto.diffusion.deferred import Deferred
 from stretto.diffusion.denoise import Denoise, Passes
 from stretto.diffusion.guidance import Branches
 from stretto.diffusion.handover import Handover
@@ -51,6 +53,13 @@ class Says(Protocol):
     def interrupt(self) -> bool: ...
 
 
+class State(NamedTuple):
+    """Scheduler and generators at one moment."""
+
+    scheduler: dict[str, Any]
+    random: list[Tensor]
+
+
 @dataclass
 class Window:
     """A window under way on this rank."""
@@ -59,8 +68,9 @@ class Window:
     start: int
     size: int
     opened_s: float = field(default_factory=time.perf_counter)
-    state: dict[str, Any] | None = None
-    random: Any = None
+    #: At its start, and where this rank evaluates if that is neither the start nor the end.
+    state: State | None = None
+    own_state: State | None = None
     calls: list[StepCall] = field(default_factory=list)
     guess: Tensor | None = None
     guided: Tensor | None = None
@@ -107,6 +117,7 @@ class StepRun:
         self.noise: list[float] = []
         self.walk = self._replay()
         self.handover = Handover(self.randomness)
+        self.deferred = Deferred()
         self.recent: list[Tensor] = []
         self.position = self._polled = 0
         self.window = Window(0, 0, 1)
@@ -167,6 +178,7 @@ class StepRun:
     def finish(self) -> Report:
         """The pipeline returned: close the report. Raises IncompleteWindow."""
         self._refuse_open_window("the pipeline ended")
+        self.deferred.finish()
         self.report.num_steps = self.position
         self.report.close(self.mesh)
         return self.report
@@ -205,7 +217,7 @@ class StepRun:
 
     def _exact(self, call: StepCall) -> Any:
         call = call.replaced(model_output=self.branches.settle(call.guided))
-        exchange.check_finite(call.guided, self.mesh.world_rank, self.position)
+        exchange.check_finite([call.guided], self.position, self.deferred, rank=self.rank)
         self.window.calls.append(call)
         result = self.port.real(call)
         self.remember(self.position, call.guided)
@@ -214,8 +226,7 @@ class StepRun:
     def _parallel(self, call: StepCall) -> Any:
         inside = self.position - self.window.start
         if inside == 0:
-            self.window.state = self.port.snapshot()
-            self.window.random = self.randomness.snapshot()
+            self.window.state = self.state()
         if inside == self.rank:
             if self._meeting:
                 self._meeting.leave(self.window.start, self.window.size)
@@ -223,6 +234,15 @@ class StepRun:
             self.window.guided, self.window.guess = call.guided, call.sample
         self.window.calls.append(call)
         return self.walk.step(call, inside)
+
+    def state(self) -> State:
+        """A copy of what a scheduler step changes."""
+        return State(self.port.snapshot(), self.randomness.snapshot())
+
+    def restore(self, state: State) -> None:
+        """Scheduler and generators as they were; the state can be used again."""
+        self.port.restore(state.scheduler)
+        self.randomness.restore(state.random)
 
     # ---- between steps ---------------------------------------------------------------------
 
@@ -257,6 +277,7 @@ class StepRun:
 
     def _next_window(self) -> None:
         window = self.window
+        self.deferred.close_window()
         if self.position < len(self.noise):
             self.predictor.close_window(window.start, window.size)
         self.report.add(
@@ -285,16 +306,15 @@ class StepRun:
         """Does the pipeline change latents, or draw random numbers, between two steps?"""
         if self.plan.step.degree == 1 or isinstance(self.walk, Leader):
             return
-        if not self.handover.is_edited(call):
+        edited = self.handover.edited(call)
+        if edited is None:
             return
         if self.plan.step.walk == "auto" and self.position == 1:
-            self._follow_a_leader()
-        else:
-            raise LatentsEdited(
-                f"step {self.position}: the latents are not what step {self.position - 1} "
-                "returned, so this pipeline or a callback edits them between steps; "
-                'use Steps(walk="leader")'
-            )
+            # The only answer that decides something, and the only one waited for.
+            if bool(edited):
+                self._follow_a_leader()
+            return
+        self.deferred.check(edited, partial(_refuse_edits, self.position))
 
     def _follow_a_leader(self) -> None:
         if isinstance(self.plan.step.windows, Adaptive):
@@ -312,3 +332,12 @@ class StepRun:
                 f"that began at step {self.window.start}; its latents are guesses. Use windows "
                 f"that sum to the {self.position} steps taken, or Plan(step=1)"
             )
+
+
+def _refuse_edits(position: int, edited: Tensor) -> None:
+    if edited:
+        raise LatentsEdited(
+            f"step {position}: the latents are not what step {position - 1} "
+            "returned, so this pipeline or a callback edits them between steps; "
+            'use Steps(walk="leader")'
+        )
