@@ -22,7 +22,7 @@ import result
 import torch
 
 from stretto import Mesh, Plan, Steps, init_mesh, parallelized
-from stretto.diffusion.shipped.train import Recipe, build
+from stretto.diffusion.shipped.recipe import Recipe, build
 from stretto.mesh.mesh import Pending
 from stretto.plan.options import Fixed
 

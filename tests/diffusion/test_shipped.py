@@ -19,9 +19,10 @@ from diffusers import (
 )
 from PIL import Image
 
-from stretto.diffusion.shipped import data, load, train
+from stretto.diffusion.shipped import data, load, losses, train
 from stretto.diffusion.shipped.dit import ClassDiT
 from stretto.diffusion.shipped.pipeline import ClassDiTPipeline, ClassUNetPipeline
+from stretto.diffusion.shipped.recipe import Recipe, build
 from stretto.errors import ConfigError
 from tests.fresh import modules_after
 
@@ -346,9 +347,9 @@ def toy_pictures() -> data.Pictures:
     return data.Pictures(images, labels, "greys", "0")
 
 
-def toy(model: str, **changes) -> train.Recipe:
+def toy(model: str, **changes) -> Recipe:
     sizes = {"width": 16, "layers": 1, "heads": 2} if model == "dit" else {}
-    return train.Recipe(model=model, **({"steps": 3, "batch": 4} | sizes | changes))
+    return Recipe(model=model, **({"steps": 3, "batch": 4} | sizes | changes))
 
 
 CPU = torch.device("cpu")
@@ -390,8 +391,8 @@ class TestTraining:
             return velocity
 
         y = torch.zeros(4).long()
-        assert train.flow_loss(oracle(0.0), x, y, seeded(5)) == 0
-        assert float(train.flow_loss(oracle(1.0), x, y, seeded(5))) == pytest.approx(1)
+        assert losses.flow_loss(oracle(0.0), x, y, seeded(5)) == 0
+        assert float(losses.flow_loss(oracle(1.0), x, y, seeded(5))) == pytest.approx(1)
 
     def test_epsilon_target(self):
         """Against the scheduler's own way to add noise."""
@@ -404,11 +405,11 @@ class TestTraining:
             return type("Out", (), {"sample": noise + 0.5})
 
         abar, y = scheduler.alphas_cumprod, torch.zeros(4).long()
-        loss = train.epsilon_loss(oracle, x, y, seeded(5), abar)
+        loss = losses.epsilon_loss(oracle, x, y, seeded(5), abar)
         assert float(loss) == pytest.approx(0.25)
 
     def test_a_tenth_of_the_labels_is_dropped(self):
-        dropped = train._dropped(torch.zeros(20000).long(), seeded(0)) == 10
+        dropped = losses._dropped(torch.zeros(20000).long(), seeded(0)) == 10
         assert abs(float(dropped.float().mean()) - 0.1) < 0.01
 
     @pytest.mark.parametrize("model", NAMES)
@@ -430,7 +431,7 @@ class TestTraining:
         assert load.load_folder(out)([1], 1, output_type="np").images.shape == (1, 28, 28, 1)
 
     def test_recorded_command_gives_the_recipe_back(self):
-        recipe = train.Recipe(steps=7, lr=0.5, compile=True)
+        recipe = Recipe(steps=7, lr=0.5, compile=True)
         words = recipe.command().split()[3:]
         assert train.parse([*words, "--out", "x"])[0] == recipe
 
@@ -441,16 +442,16 @@ class TestTraining:
 
     def test_what_does_not_fit(self):
         with pytest.raises(ConfigError, match="0 steps"):
-            train.build(toy("dit", steps=0), 8)
+            build(toy("dit", steps=0), 8)
         with pytest.raises(ConfigError, match="--width with --model unet"):
-            train.build(train.Recipe(model="unet", width=64), 8)
+            build(Recipe(model="unet", width=64), 8)
         with pytest.raises(ConfigError, match="'gan'"):
-            train.build(train.Recipe(model="gan"), 8)
+            build(Recipe(model="gan"), 8)
 
     def test_wider_models_learn_slower_by_default(self):
-        assert train.Recipe().learning_rate == 1e-3
-        assert train.Recipe(width=512).learning_rate == 2.5e-4
-        assert train.Recipe(width=512, lr=0.1).learning_rate == 0.1
+        assert Recipe().learning_rate == 1e-3
+        assert Recipe(width=512).learning_rate == 2.5e-4
+        assert Recipe(width=512, lr=0.1).learning_rate == 0.1
 
 
 def test_training_imports_on_a_bare_machine():
