@@ -28,6 +28,10 @@ COMMANDS = {
         "Generate pictures, video or sound on several ranks.",
     ),
     "probe": ("stretto.cli.probe:probe", "Measure devices and links into a cluster file."),
+    "train": (
+        "stretto.cli.train:app",
+        "Train a model on long sequences over several ranks.",
+    ),
 }
 
 

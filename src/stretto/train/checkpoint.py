@@ -6,12 +6,14 @@ A folder `step-N` holds torch.distributed.checkpoint's files and `state.json`. I
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,19 +44,22 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def newest(folder: Path) -> Checkpoint | None:
+def newest(folder: Path, *, warn: bool = True) -> Checkpoint | None:
     """The newest complete checkpoint of a folder; incomplete ones are named in a warning."""
     found = []
     for path in sorted(folder.glob("step-*")) if folder.is_dir() else ():
         name = _NAME.fullmatch(path.name)
         if name and (path / STATE).is_file() and (path / _METADATA).is_file():
             found.append((int(name[1]), path))
-        else:
+        elif warn:
             log.warning("%s is no complete checkpoint and is ignored", path)
-    if not found:
-        return None
-    step, path = max(found)
-    return Checkpoint(path, step, _read_state(path / STATE))
+    return opened(max(found)[1]) if found else None
+
+
+def opened(path: Path) -> Checkpoint:
+    """A complete checkpoint. Raises ConfigError when its state cannot be read."""
+    state = _read_state(path / STATE)
+    return Checkpoint(path, state["step"], state)
 
 
 def _read_state(file: Path) -> dict[str, Any]:
@@ -109,9 +114,9 @@ def _prepare(aside: Path) -> str:
 def _write(aside: Path, tensors: dict[str, torch.Tensor], mesh: Mesh) -> str:
     """Save this rank's shards, together with all ranks; what went wrong, else ""."""
     mesh.barrier()
-    alone = mesh.world_size == 1
     try:
-        dcp.save(tensors, checkpoint_id=aside, no_dist=alone)
+        with _quiet():
+            dcp.save(tensors, checkpoint_id=aside, no_dist=mesh.world_size == 1)
     except CheckpointException as error:
         return "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
     except OSError as error:
@@ -147,12 +152,21 @@ def load(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], mesh: Mesh) -
     reader = dcp.FileSystemReader(checkpoint.path)
     try:
         _compare(checkpoint.path, reader.read_metadata().state_dict_metadata, tensors)
-        dcp.load(tensors, storage_reader=reader, no_dist=mesh.world_size == 1)
+        with _quiet():
+            dcp.load(tensors, storage_reader=reader, no_dist=mesh.world_size == 1)
     except CheckpointException as error:
         causes = "; ".join(f"rank {r}: {cause[0]}" for r, cause in error.failures.items())
         raise ConfigError(f"cannot read {checkpoint.path}: {causes}") from None
     except OSError as error:
         raise ConfigError(f"cannot read {checkpoint.path}: {error}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch remarks on every call of one process that it is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def saved_keys(checkpoint: Checkpoint) -> set[str]:

@@ -37,7 +37,7 @@ CHECKPOINTS = "checkpoints"
 WARMUP_STEPS = 2
 #: Side of the matrices, and seconds, that the rate of a device is measured with.
 _PEAK_SIDE = {"cpu": 768, "cuda": 8192}
-_PEAK_S = 0.3
+_PEAK_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,12 +97,12 @@ def run(tell: Tell, job: Job) -> Outcome:
         mesh = init_mesh(job.plan, device=job.device, timeout_s=job.timeout_s)
         try:
             with _peers(mesh, job):
-                return _Run(tell, job, mesh).run()
+                return Rank(tell, job, mesh).run()
         finally:
             mesh.close()
 
 
-class _Run:
+class Rank:
     """One rank of a job."""
 
     def __init__(self, tell: Tell, job: Job, mesh: Mesh):
@@ -142,7 +142,7 @@ class _Run:
 
     def _resume(self, trainer: Trainer) -> tuple[str, int]:
         """Continue from the newest checkpoint; the note on it and its step."""
-        found = checkpoint.newest(self.folder) if self.folder and self.job.resume else None
+        found = self._newest() if self.job.resume else None
         if found is None:
             return "", 0
         state = self._state(trainer)
@@ -152,6 +152,14 @@ class _Run:
         if self.mesh.world_rank == 0:
             log.info(note)
         return note, found.step
+
+    def _newest(self) -> checkpoint.Checkpoint | None:
+        """Rank 0 looks, so that all ranks take the same one."""
+        found = None
+        if self.folder is not None and self.mesh.world_rank == 0:
+            found = checkpoint.newest(self.folder)
+        told = self.mesh.broadcast_bytes(str(found.path).encode() if found else b"").decode()
+        return checkpoint.opened(Path(told)) if told else None
 
     def _outcome(self, trainer: Trainer, note: str) -> Outcome:
         name = str(self.mesh.device)
@@ -273,6 +281,9 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def _peers(mesh: Mesh, job: Job) -> Iterator[None]:
     """An error here ends the peers' waits; one that a peer caused says where to go on from."""
+    if mesh.world_size == 1:
+        yield
+        return
     try:
         with mesh.ending_peers("training"):
             yield
@@ -295,7 +306,7 @@ def _of_a_peer(error: BaseException) -> bool:
 
 
 def _way_on(job: Job) -> str:
-    found = checkpoint.newest(Path(job.out) / CHECKPOINTS) if job.out else None
+    found = checkpoint.newest(Path(job.out) / CHECKPOINTS, warn=False) if job.out else None
     if found is None:
         return "there is no checkpoint yet: start again, with --save-every for the next time"
     return f"last checkpoint: {found.path}; continue from it with --resume"

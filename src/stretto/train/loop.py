@@ -122,6 +122,7 @@ class Trainer:
                 part = self._part(self.task.sample(number, held_out=True))
                 total += float(self.task.loss(self.model, part))
                 terms += self.task.count(part)
+        shards.reshard(self.model)
         total, terms = shards.total([total, terms], self.mesh)
         return Validated(self.done, total / terms)
 

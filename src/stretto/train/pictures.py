@@ -16,7 +16,7 @@ CHANNELS = 4
 #: Numbers a side of a square patch; a token is CHANNELS * PATCH**2 numbers.
 PATCH = 2
 #: Captions are padded to this many bytes.
-CAPTION_BYTES = 32
+CAPTION_BYTES = 40
 _ANGLES = 8
 _PERIODS = (4, 8, 16)
 

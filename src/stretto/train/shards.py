@@ -71,6 +71,13 @@ def shard(model: nn.Module, over: DeviceMesh, dtype: str) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+def reshard(model: nn.Module) -> None:
+    """Free gathered weights; a forward without a backward leaves those of the root in place."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The repeated blocks of a transformer: items of its outermost module lists."""
     for child in model.children():

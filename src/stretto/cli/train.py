@@ -1,0 +1,180 @@
+"""`stretto train`: start ranks, train a preset or a transformers configuration, write what it did.
+
+What can be checked without loading a model is checked first; the ranks' server warms up meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json as jsonlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+
+from stretto.cli.train_options import Down, Log, Machine, Split, Work, plan_of, recipe_of
+from stretto.errors import ConfigError
+from stretto.mesh.launch import prepare
+
+if TYPE_CHECKING:
+    from stretto.train.job import Job
+
+app = App(name="train", help="Train a model on long sequences over several ranks.")
+
+#: As in stretto.train.compare, which imports torch.
+PRELOAD = (
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "stretto.parallel.api",
+    "stretto.train.compare",
+)
+_SPLIT, _WORK, _DOWN, _MACHINE, _LOG = Split(), Work(), Down(), Machine(), Log()
+
+
+@app.default
+def train(
+    model: str = "gpt-tiny",
+    /,
+    *,
+    split: Split = _SPLIT,
+    work: Work = _WORK,
+    down: Down = _DOWN,
+    machine: Machine = _MACHINE,
+    log: Log = _LOG,
+    compare: bool = False,
+    out: Annotated[Path, Parameter(name=("--out", "-o"))] = Path("out/train"),
+    json: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Train on ranks started here, on real text, with checkpoints that resume exactly.
+
+    Parameters
+    ----------
+    model
+        A preset (gpt-tiny, gpt-small, gpt-medium, gpt-large, gpt-8b, dit-tiny, dit-small), or a
+        folder with a transformers config.json.
+    compare
+        Also train on one rank on the same samples, and state differences, speed-up and ceiling.
+    out
+        Folder for metrics.jsonl, checkpoints, the loss curve and result.json.
+    json
+        Print the result as JSON.
+    quiet
+        Print nothing but errors.
+    """
+    if split.ranks != 1 or split.plan or split.cp:
+        # First, since it works in another process while this one imports torch.
+        prepare(PRELOAD, threads=machine.threads)
+    recipe = recipe_of(model, work, down, machine.dtype)
+    plan = plan_of(split, recipe)
+    _check(plan.world_size, compare, log.resume, out)
+    from stretto.train.job import Job
+
+    job = Job(
+        recipe=recipe,
+        plan=plan,
+        out=str(out),
+        validate=log.validate_every,
+        save=log.save_every,
+        resume=log.resume,
+        device=machine.device,
+        timeout_s=machine.timeout,
+    )
+    with _output(out), Screen(quiet=quiet or json) as screen:
+        result, notes = _run(job, machine.threads, compare, screen)
+    _show(result, notes, out, json, quiet)
+    return 0
+
+
+def _check(ranks: int, compare: bool, resume: bool, out: Path) -> None:
+    """Raise ConfigError for what would waste a run."""
+    if compare and ranks < 2:
+        raise ConfigError(
+            f"--compare on {ranks} rank: there is nothing to set beside one rank\n"
+            "  to fix: --ranks 2 or more"
+        )
+    if compare and resume:
+        raise ConfigError("--compare with --resume: one rank would have to resume too; give one")
+    if not resume and any((out / "checkpoints").glob("step-*")):
+        raise ConfigError(
+            f"{out} holds checkpoints of an earlier run\n"
+            "  to fix: --resume to go on from the newest, or another --out"
+        )
+
+
+def _run(job: Job, threads: int, compare: bool, screen: Screen) -> tuple[dict[str, Any], list[str]]:
+    """Train, and write what comes back; the result and remarks for who asked."""
+    from stretto.cli import train_result
+    from stretto.diffusion.provenance import load_now
+    from stretto.train import compare as comparing
+
+    load, found = load_now(), None
+    if compare:
+        found, outcomes = comparing.compare(job, threads=threads, on_note=screen.note)
+    else:
+        outcomes = comparing.start(job, threads=threads, on_note=screen.note)
+    result = train_result.document(job, outcomes, found, threads, load)
+    return result, train_result.write(Path(job.out or "."), result)
+
+
+def _show(result: dict[str, Any], notes: list[str], out: Path, json: bool, quiet: bool) -> None:
+    if json:
+        from stretto.diffusion.output import finite
+
+        print(jsonlib.dumps(finite(result), indent=1))
+    elif not quiet:
+        from stretto.cli.train_table import show
+
+        show(result, notes, out)
+
+
+class Screen:
+    """The progress of rank 0 as a bar, where somebody can see it."""
+
+    def __init__(self, *, quiet: bool):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[far]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=None, far="")
+
+    def __enter__(self) -> Screen:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def note(self, rank: int, note: dict[str, Any]) -> None:
+        if rank:
+            return
+        done, total = note.get("done"), note.get("total")
+        far = f"{done}/{total} steps" if total else ""
+        if "loss" in note:
+            far += f", loss {note['loss']:.3f}"
+        self._bar.update(
+            self._task, description=note["stage"], completed=done or 0, total=total, far=far
+        )
+
+
+@contextlib.contextmanager
+def _output(out: Path) -> Iterator[None]:
+    """A folder known to be writable, gone again if it was made here and nothing came into it."""
+    from stretto.diffusion.output import check_writable
+
+    made = check_writable(out)
+    try:
+        yield
+    finally:
+        if made and not any(out.iterdir()):
+            out.rmdir()

@@ -1,0 +1,249 @@
+"""The loop on one rank: what a step depends on, schedules, checkpoints, resuming."""
+
+import itertools
+import json
+import logging
+import math
+
+import pytest
+import torch
+
+from stretto.errors import ConfigError, NonFinite
+from stretto.mesh.local import LocalWorld
+from stretto.plan.model import Plan
+from stretto.plan.options import Data
+from stretto.train import checkpoint, shards
+from stretto.train.descent import rate_at
+from stretto.train.events import Saved, Stepped, Validated
+from stretto.train.job import Job, Outcome, check_cursor, read_metrics, resume_note, run
+from stretto.train.loop import Intervals, train
+from stretto.train.recipe import Descent, accumulation
+from tests.train.make import ADAMW, recipe, trainer, write_text
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def mesh():
+    return LocalWorld(Plan(kind="train").sizes).mesh(0)
+
+
+def job(given, out=None, **more):
+    return Job(recipe=given, plan=Plan(kind="train"), out=out and str(out), **more)
+
+
+def silent(stage, **more):
+    pass
+
+
+def losses(outcome: Outcome):
+    return [step.loss for step in outcome.steps]
+
+
+@pytest.mark.parametrize("model", ["gpt-tiny", "dit-tiny"])
+def test_micro_batches_change_only_the_order_of_sums(model, data, mesh):
+    found = []
+    for size in (1, 2, 4):
+        given = recipe(data if model == "gpt-tiny" else None, model=model, tokens=64)
+        plan = Plan(kind="train", dp=Data(micro_batch=size))
+        subject = trainer(given, mesh, plan)
+        share = subject.backward(subject.draw())
+        found.append((share, [p.grad.clone() for p in subject.model.parameters()]))
+    for share, gradients in found[1:]:
+        assert torch.isclose(share, found[0][0], rtol=1e-13)
+        for one, other in zip(gradients, found[0][1], strict=True):
+            assert torch.allclose(one, other, rtol=1e-9, atol=1e-15)
+
+
+def test_the_loss_is_the_mean_over_all_tokens(data, mesh):
+    subject = trainer(recipe(data), mesh)
+    batch = subject.draw()
+    assert batch.terms == 4 * 64
+    with torch.no_grad():
+        total = sum(subject.task.loss(subject.model, part) for part in batch.parts)
+    assert subject.step().loss == pytest.approx(float(total) / (4 * 64), rel=1e-13)
+
+
+def test_clipping_scales_all_gradients_by_one_factor(data, mesh):
+    moved = []
+    for clip in (0.0, 0.01):
+        given = recipe(data, descent=Descent(optimizer="sgd", rate=1.0, warmup=0, clip=clip))
+        subject = trainer(given, mesh)
+        subject.backward(subject.draw())
+        before = [g.clone() for g in shards.gradients(subject.model)]
+        _, norm = subject.clip(torch.zeros(()))
+        moved.append((norm, before, shards.gradients(subject.model)))
+    (norm, whole, untouched), (again, _, clipped) = moved
+    assert norm == again
+    assert norm == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in whole)))
+    assert all(map(torch.equal, whole, untouched))
+    for one, other in zip(whole, clipped, strict=True):
+        assert torch.allclose(one * (0.01 / norm), other, rtol=1e-12)
+
+
+def test_the_rate_rises_in_a_line_and_falls_along_a_cosine():
+    descent = Descent(rate=1.0, warmup=4, final=0.1)
+    rates = [rate_at(descent, step, 20) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
+    assert rate_at(descent, 500, 20) == pytest.approx(0.1)
+
+
+def test_sequences_share_out_evenly_or_say_what_does():
+    assert accumulation(8, 2, 2) == 2
+    with pytest.raises(ConfigError, match="to fix: 9 sequences, or data ranks 1, 2, 4, 8"):
+        accumulation(8, 3, 1)
+
+
+def test_a_run_that_overflows_stops(data, mesh):
+    given = recipe(data, descent=Descent(optimizer="sgd", rate=1e200, warmup=0, clip=0))
+    with pytest.raises(NonFinite, match="gradient norm"):
+        list(train(trainer(given, mesh), Intervals(), {}))
+
+
+def test_events_come_in_order(data, mesh, tmp_path):
+    subject = trainer(recipe(data), mesh)
+    events = list(train(subject, Intervals(validate=2, save=3, folder=tmp_path), {}))
+    names = [f"{type(event).__name__} {event.step}" for event in events]
+    assert names == [
+        *("Began 0", "Validated 0", "Stepped 1", "Stepped 2", "Validated 2", "Stepped 3"),
+        *("Saved 3", "Stepped 4", "Validated 4", "Saved 4"),
+    ]
+
+
+def test_validation_moves_nothing(data, mesh):
+    subject = trainer(recipe(data), mesh)
+    before = [p.detach().clone() for p in subject.model.parameters()]
+    assert subject.validate() == subject.validate()
+    assert all(map(torch.equal, before, subject.model.parameters()))
+    assert shards.gradients(subject.model) == []
+
+
+# ---- checkpoints -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("descent", [ADAMW, recipe(None).descent], ids=["adamw", "sgd"])
+def test_resuming_is_bitwise(descent, dtype, data, tmp_path):
+    given = recipe(data, descent=descent, dtype=dtype, steps=6)
+    whole = run(silent, job(given))
+    run(silent, job(given, tmp_path, save=3, until=4))
+    again = run(silent, job(given, tmp_path, resume=True))
+    assert again.note.startswith("resumed after step 3")
+    assert "not bitwise" not in again.note
+    assert losses(again) == losses(whole)[3:]
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["loss"] for r in rows if r["event"] == "stepped"] == losses(whole)
+
+
+def test_random_state_is_part_of_a_checkpoint(data, mesh, tmp_path):
+    subject = trainer(recipe(data), mesh)
+    subject.step()
+    saved = subject.save(tmp_path, {})
+    drawn = torch.rand(3)
+    fresh = trainer(recipe(data), mesh)
+    fresh.restore(checkpoint.newest(tmp_path))
+    assert torch.equal(torch.rand(3), drawn)
+    assert saved.path == str(tmp_path / "step-00000001")
+
+
+def test_half_written_checkpoints_are_ignored_with_a_warning(data, mesh, tmp_path, caplog):
+    subject = trainer(recipe(data), mesh)
+    subject.step()
+    subject.save(tmp_path, {})
+    (tmp_path / "step-00000009.tmp").mkdir()
+    (tmp_path / "step-00000008").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.newest(tmp_path).step == 1
+    assert "step-00000009.tmp is no complete checkpoint" in caplog.text
+    assert "step-00000008 is no complete checkpoint" in caplog.text
+
+
+def test_a_save_that_fails_leaves_the_previous_one(data, mesh, tmp_path, monkeypatch):
+    subject = trainer(recipe(data), mesh)
+    subject.step()
+    subject.save(tmp_path, {})
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    subject.step()
+    with pytest.raises(ConfigError, match=r"cannot save step 2.*No space left"):
+        subject.save(tmp_path, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_only_the_newest_two_are_kept(data, mesh, tmp_path):
+    subject = trainer(recipe(data), mesh)
+    for _ in range(4):
+        subject.step()
+        subject.save(tmp_path, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_another_model_is_refused_with_its_keys(data, mesh, tmp_path):
+    subject = trainer(recipe(data), mesh)
+    subject.save(tmp_path, {})
+    found = checkpoint.newest(tmp_path)
+    tensors = checkpoint.tensors_of(subject.model, subject.optimizer)
+    head = tensors.pop("model.head.weight")
+    tensors |= {"model.other.weight": head, "model.norm.weight": torch.zeros(3)}
+    with pytest.raises(ConfigError) as error:
+        checkpoint.load(found, tensors, mesh)
+    assert "only in the model: model.other.weight" in str(error.value)
+    assert "only in the checkpoint: model.head.weight" in str(error.value)
+    assert "model.norm.weight: (128,) there, (3,) here" in str(error.value)
+
+
+def test_another_run_is_refused_and_another_schedule_is_named(data, tmp_path):
+    given = recipe(data, steps=2)
+    run(silent, job(given, tmp_path))
+    with pytest.raises(ConfigError, match="tokens 64 there, 32 here"):
+        run(silent, job(recipe(data, steps=2, tokens=32), tmp_path, resume=True))
+    longer = run(silent, job(recipe(data, steps=3), tmp_path, resume=True))
+    assert "not bitwise: recipe changed" in longer.note
+    assert [step.step for step in longer.steps] == [3]
+
+
+def test_a_plan_of_other_ranks_is_not_bitwise():
+    state = {"plan": {"dp": 2}, "ranks": 2, "versions": {}, "recipe": {}, "data": "x"}
+    found = checkpoint.Checkpoint("somewhere", 7, json.loads(json.dumps(state)))
+    assert resume_note(found, state) == "resumed after step 7 of somewhere"
+    assert "not bitwise: plan, ranks changed" in resume_note(
+        found, state | {"plan": {}, "ranks": 4}
+    )
+
+
+def test_a_cursor_belongs_to_its_data():
+    recipe_ = {"model": "m", "tokens": 1, "sequences": 1, "seed": 0, "data": None}
+    found = checkpoint.Checkpoint("somewhere", 7, {"recipe": recipe_, "data": "abc"})
+    check_cursor(found, {"recipe": recipe_, "data": "abc"})
+    with pytest.raises(ConfigError, match="files 'abc' there, 'abd' here"):
+        check_cursor(found, {"recipe": recipe_, "data": "abd"})
+
+
+def test_a_cut_last_line_of_metrics_is_left_out(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_metrics(file) == [{"step": 1}]
+    assert read_metrics(tmp_path / "absent") == []
+
+
+def test_event_kinds_of_a_job(data, tmp_path):
+    outcome = run(silent, job(recipe(data, steps=2), tmp_path, validate=1))
+    assert [type(v) for v in (*outcome.steps, *outcome.validations)] == [
+        *(Stepped,) * 2,
+        *(Validated,) * 3,
+    ]
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows[-1] == {"event": Saved.__name__.lower(), "step": 2} | {
+        key: rows[-1][key] for key in ("path", "seconds")
+    }
+    assert outcome.tokens_per_second > 0
+    assert outcome.mfu(1) > 0
