@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -43,9 +44,13 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    names = ("diffusers", "transformers", "numpy")
+    names = ("diffusers", "transformers", "numpy", "triton")
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    return found | {name: importlib.metadata.version(name) for name in names}
+    for name in names:
+        # Attention is measured where no diffusers is.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def load() -> float:

@@ -284,6 +284,14 @@ def test_squares_must_be_square_and_storage_contiguous():
         backends.forward(case.q.transpose(0, 1), case.k, case.v, "full", SCALE, cpu)
 
 
+def test_pieces_beyond_the_rows_are_refused_although_memory_goes_on():
+    case = Case(12, 12, torch.float32)
+    first = case.q[:6], case.k[:6], case.v[:6]
+    for piece in (Piece((2, 8), (0, 4), "full"), Piece((0, 4), (4, 8), "full")):
+        with pytest.raises(AssertionError, match="of 6 rows"):
+            backends.attend(*first, [piece], SCALE, backends.BACKENDS["cpu"])
+
+
 def test_cudnn_refuses_an_out_laid_out_otherwise_than_its_forward_does():
     """It would return wrong gradients; the assertion comes before the kernel, so CPU shows it."""
     x = torch.zeros(1, 6, 2, 8).transpose(1, 2)

@@ -46,6 +46,8 @@ class Batch(NamedTuple):
     def _view(self, x: Tensor, start: int, step: int, rows: int) -> Tensor:
         """(L, B, H, ...) as (n, rows, B * H, ...), in reverse order of rows if anticausal."""
         assert x.is_contiguous(), f"storage is rows outermost, not {x.shape} by {x.stride()}"
+        # A view past the end would read a neighbour's rows without an error.
+        assert 0 <= start <= len(x) - (self.count - 1) * step - rows, f"{self} of {len(x)} rows"
         width = x[0].numel()
         shape = (self.count, rows, x.shape[1] * x.shape[2], *x.shape[3:])
         inner = x.shape[3:].numel()
