@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stretto.errors import ConfigError
+from stretto.errors import ShapeError
 from stretto.parallel.context import Attention, visible
 
 
@@ -52,5 +52,5 @@ def test_queries_at_an_offset_see_the_prefix():
 
 
 def test_documents_that_do_not_sum_are_refused():
-    with pytest.raises(ConfigError, match="7 tokens in all, 6 queries"):
+    with pytest.raises(ShapeError, match="7 tokens in all, 6 queries"):
         Attention()(*inputs(), documents=(4, 3))

@@ -1,4 +1,4 @@
-"""`parallelize`: bind a plan and a mesh to a model's attention, and undo it; `shard`: its inputs.
+"""`parallelize`: bind a plan and a mesh to a model's attention, and undo it.
 
 Nothing is patched globally: every change is on the model given, so two models may run under two
 plans in one process.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from stretto.errors import PlanMismatch, UnsupportedModel
@@ -126,25 +125,3 @@ def _bind_language_model(
     handle = model.register_forward_pre_hook(entrance, with_kwargs=True)
     stack.callback(handle.remove)
     return [name for name, part in model.named_modules() if causal_lm.SEAT in part.__dict__]
-
-
-def shard(
-    batch: Mapping[str, Any] | torch.Tensor,
-    mesh: Mesh,
-    plan: Plan | Context,
-    *,
-    documents: tuple[int, ...] | None = None,
-    causal: bool = True,
-) -> Any:
-    """This rank's tokens of a batch that is whole on every rank.
-
-    A tensor is cut along dim 1. Of a mapping, tensors whose dim 1 has the length of `input_ids` or
-    `inputs_embeds` are cut, and what a causal language model needs is added: `position_ids`
-    (global, from 0 in every document); from `labels` also `shift_labels` (shifted before cutting)
-    and `num_items_in_batch` (labels that count, over all ranks); `documents` as given. An
-    `attention_mask` that hides nothing is dropped. `causal` decides an `auto` layout.
-    Raises ShapeError for documents that do not sum to the length, UnsupportedModel for padding.
-    """
-    raise NotImplementedError
-
-

@@ -7,6 +7,7 @@ on this rank, D head dim.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,20 +16,28 @@ from torch.nn import functional
 
 from stretto.errors import ShapeError
 from stretto.plan.context import Context
-from stretto.plan.ranges import Mask, resolve_layout
+from stretto.plan.ranges import Mask, resolve_layout, shard
 
 if TYPE_CHECKING:
     from stretto.mesh.mesh import Mesh
 
 
+@lru_cache(maxsize=256)
 def settled(plan: Context, *, causal: bool, documents: tuple[int, ...] | None = None) -> Context:
     """The plan with its layout decided once for all layers of a model.
 
-    Tokens lie in one order from the first layer to the last, so a layer with a window must not
-    choose another layout than one without.
+    Tokens lie in one order from the first layer to the last, so a layer with a window or chunks
+    must not choose another layout than one without. Packed documents get their ranges written out.
     """
     mask = Mask(causal=causal, documents=documents)
-    return replace(plan, layout=resolve_layout(plan.layout, 0, plan.degree, mask))
+    layout = resolve_layout(plan.layout, 0, plan.degree, mask)
+    if layout == "documents":
+        if documents is None:
+            layout = resolve_layout("auto", 0, plan.degree, mask)
+        else:
+            shards = shard(layout, sum(documents), plan.degree, mask)
+            layout = tuple(rows.spans for rows in shards)
+    return replace(plan, layout=layout)
 
 
 @dataclass(eq=False)

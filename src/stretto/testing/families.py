@@ -75,6 +75,7 @@ SIZES: dict[str, Any] = {
     ),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "text_vocab_size"), VOCAB),
+    **dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size"), VOCAB),
     "hidden_size_per_layer_input": 16,
     **dict.fromkeys(
         ("sliding_window", "attention_chunk_size", "sliding_window_size", "window_size"), WINDOW
@@ -188,7 +189,9 @@ def tiny_config(family: str) -> PretrainedConfig:
     wanted = _model_class(family).config_class
     parts = (getattr(config, name, None) for name in config.sub_configs)
     # A composite model's language model may have a configuration of its own.
-    return config if isinstance(config, wanted) else next(p for p in parts if type(p) is wanted)
+    if isinstance(config, wanted):
+        return config
+    return next((part for part in parts if type(part) is wanted), config)
 
 
 def tiny_model(family: str, *, seed: int = 0) -> PreTrainedModel:
