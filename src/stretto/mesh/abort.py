@@ -12,7 +12,8 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -49,16 +50,23 @@ class Await:
 
 
 class Watch:
-    """The abort record of a job, and the thread that follows it."""
+    """The abort record of a job, and the thread that follows it and the deadlines of devices."""
 
-    def __init__(self, rank: int, ranks: int, store: dist.Store):
-        self.groups: list[dist.ProcessGroup] = []
+    def __init__(
+        self, rank: int, store: dist.Store, timeout_s: float, late: Callable[[Await], None]
+    ):
+        #: Called, each once, to end what this rank waits for.
+        self.enders: list[Callable[[], None]] = []
         self._rank = rank
-        self._ranks = ranks
         self._store = store
+        self._timeout_s = timeout_s
+        self._late = late
         # A client of its own: one that waits would keep the other from looking.
         self._looking = store.clone()
         self._waiting: tuple[Await, float] | None = None
+        self._on_device: deque[tuple[Callable[[], bool], Await]] = deque()
+        self._head_since = 0.0
+        self._lock = threading.Lock()
         self._told = False
         self._reason = ""
         self._stop = threading.Event()
@@ -83,6 +91,12 @@ class Watch:
             yield
         finally:
             self._waiting = None
+
+    def follow(self, done: Callable[[], bool], what: Await) -> None:
+        """Watch work on a device, whose clock runs once all work before it is done."""
+        with self._lock:
+            self._drop_done()
+            self._on_device.append((done, what))
 
     def abort(self, reason: str) -> None:
         """End every rank's waits with this reason, unless somebody else gave one before."""
@@ -131,6 +145,9 @@ class Watch:
         while not self._stop.wait(LOOK_S):
             try:
                 self._tell()
+                late = self._overdue(self._timeout_s)
+                if late:
+                    self._late(late)
                 if self._looking.check(["abort"]):
                     self._reason = _words(json.loads(self._looking.get("abort")))
                     self._end_waits()
@@ -142,23 +159,44 @@ class Watch:
     def _tell(self) -> None:
         """Publish that this rank has been waiting for a while, or no longer is."""
         waiting = self._waiting
+        what = self._overdue(LOOK_S)
         if waiting and time.monotonic() - waiting[1] > LOOK_S:
-            self._looking.set(f"waiting/{self._rank}", str(waiting[0]))
+            what = waiting[0]
+        if what:
+            self._looking.set(f"waiting/{self._rank}", str(what))
             self._told = True
         elif self._told:
             self._looking.set(f"waiting/{self._rank}", "")
             self._told = False
 
-    def _end_waits(self) -> None:
-        for group in list(self.groups):
-            if _has(group, "cuda", "nccl"):
-                group.abort()
-            if _has(group, "cpu", "gloo"):
-                self._close(group)
+    def _overdue(self, limit_s: float) -> Await | None:
+        """The oldest work on a device, if it has been so for longer than `limit_s`."""
+        with self._lock:
+            self._drop_done()
+            late = self._on_device and time.monotonic() - self._head_since > limit_s
+            return self._on_device[0][1] if late else None
 
-    def _close(self, group: dist.ProcessGroup) -> None:
-        """Let a receive time out: gloo then closes the group's connections, on both ends."""
-        peer = next(r for r in range(group.size()) if r != group.rank())
+    def _drop_done(self) -> None:
+        if not self._on_device:
+            self._head_since = time.monotonic()
+        while self._on_device and self._on_device[0][0]():
+            self._on_device.popleft()
+            self._head_since = time.monotonic()
+
+    def _end_waits(self) -> None:
+        with self._lock:
+            enders, self.enders = self.enders, []
+        for end in enders:
+            end()
+
+
+def end_waits(group: dist.ProcessGroup) -> None:
+    """End everything that waits on a group; it is of no use any more."""
+    if _has(group, "cuda", "nccl"):
+        group.abort()
+    if _has(group, "cpu", "gloo"):
+        # Once a receive times out, gloo closes the group's connections on both ends.
+        peer = next(rank for rank in range(group.size()) if rank != group.rank())
         with contextlib.suppress(RuntimeError):
             byte = torch.zeros(1, dtype=torch.uint8)
             group.recv([byte], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))

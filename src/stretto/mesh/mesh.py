@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 
 from stretto import axes
-from stretto.errors import PlanMismatch
+from stretto.errors import ConfigError, PlanMismatch
 
 Result = TypeVar("Result")
 
 #: Seconds a wait may last before its peers are reported lost.
 TIMEOUT_S = 300.0
+CARRIERS = ("auto", "nccl", "symmetric", "gloo")
 
 
 class Sized(Protocol):
@@ -200,28 +201,65 @@ class Mesh(ABC):
 
 
 def init_mesh(
-    plan: Sized, *, device: torch.device | str | None = None, timeout_s: float = TIMEOUT_S
+    plan: Sized,
+    *,
+    device: torch.device | str | None = None,
+    timeout_s: float = TIMEOUT_S,
+    carrier: str = "auto",
 ) -> Mesh:
     """The mesh a plan asks for, over the ranks that torchrun (or the caller) started.
 
     `device` None takes `cuda:LOCAL_RANK` where there is one, else the CPU. Without a launcher a
-    plan of one rank needs no process group. Raises PlanMismatch when degrees and ranks differ.
+    plan of one rank needs no process group. `carrier` moves GPU tensors: nccl wants a GPU per
+    rank, symmetric (torch's symmetric memory) all ranks on one node, gloo copies through the
+    host. auto: nccl where it can; else, for ranks that share GPUs, symmetric if the plan splits
+    sequences, else gloo. Raises PlanMismatch when degrees and ranks differ, ConfigError for a
+    carrier that cannot.
     """
+    if carrier not in CARRIERS:
+        raise ConfigError(f"carrier {carrier!r} is unknown; known are {', '.join(CARRIERS)}")
     wanted = axes.world_size(plan.sizes)
     if not dist.is_initialized() and "RANK" not in os.environ:
         return _alone(plan, wanted, device, timeout_s)
     local = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = torch.device(device) if device else _own_device(local)
-    store = _join(chosen, timeout_s)
+    store = _join(chosen, timeout_s, carrier)
     if dist.get_world_size() != wanted:
-        degrees = " x ".join(f"{axis} {size}" for axis, size in plan.sizes.items())
+        degrees = " x ".join(f"{axis} {size}" for axis, size in plan.sizes.items() if size > 1)
         raise PlanMismatch(
-            f"the plan needs {wanted} ranks ({degrees}) but {dist.get_world_size()} were started; "
-            "change the degrees or the number of ranks"
+            f"the plan needs {wanted} ranks ({degrees or 'one'}) but {dist.get_world_size()} were "
+            "started; change the degrees or the number of ranks"
         )
+    return _carried(plan, chosen, carrier)(plan.sizes, chosen, store, timeout_s=timeout_s)
+
+
+def _carried(plan: Sized, device: torch.device, carrier: str) -> Callable[..., Mesh]:
+    """Which kind of mesh moves tensors of this device."""
     from stretto.mesh.process import ProcessMesh
 
-    return ProcessMesh(plan.sizes, chosen, store, timeout_s=timeout_s)
+    if device.type != "cuda":
+        if carrier in ("nccl", "symmetric"):
+            raise ConfigError(f"carrier {carrier} moves GPU tensors, the mesh is on {device.type}")
+        return ProcessMesh
+    torch.cuda.set_device(device)
+    from stretto.mesh.symmetric import SymmetricMesh, require_one_node, share_devices
+
+    ranks, local_ranks = dist.get_world_size(), _local_ranks()
+    shared = local_ranks > torch.cuda.device_count()
+    splits = axes.size("cp", axes.ordered(plan.sizes)) > 1
+    if carrier == "auto" and shared and splits and local_ranks == ranks:
+        carrier = "symmetric"
+    if carrier == "nccl" and "nccl" not in dist.get_backend_config():
+        raise ConfigError(
+            f"carrier nccl wants a GPU per rank, but {local_ranks} ranks have "
+            f"{torch.cuda.device_count()} here\n  to fix: carrier symmetric, or auto"
+        )
+    if carrier != "symmetric":
+        return ProcessMesh
+    require_one_node(ranks, local_ranks)
+    if shared:
+        share_devices()
+    return SymmetricMesh
 
 
 def _alone(plan: Sized, wanted: int, device, timeout_s: float) -> Mesh:
@@ -241,26 +279,33 @@ def _own_device(local: int) -> torch.device:
     return torch.device("cuda", local % torch.cuda.device_count())
 
 
-def _join(device: torch.device, timeout_s: float) -> dist.Store:
+def _join(device: torch.device, timeout_s: float, carrier: str) -> dist.Store:
     """Enter the job's process group unless the caller did; its store carries our records."""
     if not dist.is_initialized():
         limit = timedelta(seconds=timeout_s)
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))
         store.set_timeout(limit)
+        backend = "gloo" if carrier == "gloo" else _backend(device)
         dist.init_process_group(
-            backend=_backend(device), store=store, rank=rank, world_size=world, timeout=limit
+            backend=backend, store=store, rank=rank, world_size=world, timeout=limit
         )
     else:
         store = dist.distributed_c10d._get_default_store()
-    return dist.PrefixStore("stretto", store)
+    # Ranks make their meshes in the same order; each mesh has records of its own.
+    own = dist.PrefixStore("stretto", store)
+    number = own.add(f"meshes/{dist.get_rank()}", 1)
+    return dist.PrefixStore(f"stretto/{number}", store)
 
 
 def _backend(device: torch.device) -> str:
     """NCCL wants a GPU per rank; ranks that share one talk through gloo."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if device.type == "cuda" and local_ranks <= torch.cuda.device_count():
+    if device.type == "cuda" and _local_ranks() <= torch.cuda.device_count():
         return "cpu:gloo,cuda:nccl"
     return "gloo"
+
+
+def _local_ranks() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _byte_tensor(data: bytes) -> torch.Tensor:

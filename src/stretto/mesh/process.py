@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from stretto import axes
 from stretto.errors import MeshTimeout, RankLost
-from stretto.mesh.abort import Await, Watch
+from stretto.mesh.abort import Await, Watch, end_waits
 from stretto.mesh.mesh import Mesh, Pending
 
 #: Channels of one axis; more would share tags with the next axis.
@@ -36,7 +36,7 @@ class ProcessMesh(Mesh):
         super().__init__(sizes, dist.get_rank(), device, **kwargs)
         self._store = store
         self._groups: dict[tuple, dist.ProcessGroup] = {}
-        self.watch = Watch(self.world_rank, self.world_size, store)
+        self.watch = Watch(self.world_rank, store, self.timeout_s, self._late)
         for axis in (None, *(a for a, size in self.sizes.items() if size > 1)):
             self._group(axis)
         self.watch.start()
@@ -46,22 +46,21 @@ class ProcessMesh(Mesh):
             return Pending(lambda: [tensor])
         # A group knows its ranks in world order, which is not the order of a composite axis.
         parts = {rank: torch.empty_like(tensor) for rank in sorted(self.peers(axis))}
-        work = self._start(dist.all_gather, list(parts.values()), tensor, group=self._group(axis))
         result = [parts[rank] for rank in self.peers(axis)]
-        return self._pending([work], Await("all_gather", axis, phase), lambda: result)
+        what = Await("all_gather", axis, phase)
+        return self._collective(dist.all_gather, what, lambda: result, list(parts.values()), tensor)
 
     def all_reduce(self, tensor, axis, phase):
         if self.size(axis) == 1:
             return Pending(lambda: tensor)
-        work = self._start(dist.all_reduce, tensor, group=self._group(axis))
-        return self._pending([work], Await("all_reduce", axis, phase), lambda: tensor)
+        what = Await("all_reduce", axis, phase)
+        return self._collective(dist.all_reduce, what, lambda: tensor, tensor)
 
     def broadcast(self, tensor, axis, src, phase):
         if self.size(axis) == 1:
             return Pending(lambda: tensor)
-        root = self.peers(axis)[src]
-        work = self._start(dist.broadcast, tensor, src=root, group=self._group(axis))
-        return self._pending([work], Await("broadcast", axis, phase), lambda: tensor)
+        what, root = Await("broadcast", axis, phase), self.peers(axis)[src]
+        return self._collective(dist.broadcast, what, lambda: tensor, tensor, src=root)
 
     def permute(self, tensor, axis, moves, phase):
         here = self.rank(axis)
@@ -118,7 +117,7 @@ class ProcessMesh(Mesh):
                 # All members connect now: later messages concern some of them only.
                 dist.all_reduce(torch.zeros(1, device=self.device), group=group)
             self._groups[key] = group
-            self.watch.groups.append(group)
+            self.watch.enders.append(lambda: end_waits(group))
         return self._groups[key]
 
     @property
@@ -130,28 +129,30 @@ class ProcessMesh(Mesh):
     def _messages(self, sends, receives, what: Await, group) -> Pending[dict[int, torch.Tensor]]:
         """Point-to-point messages between positions of an axis, other than to oneself.
 
-        `group` is what NCCL uses; None asks for a communicator of the axis and channel.
+        `group` is what NCCL uses between two ranks alone; None asks for a communicator of the
+        axis and channel, for which all its ranks are here.
         """
+        out, into, what = self._sorted(sends, receives, what)
+        if not self._is_nccl:
+            return self._gloo(out, into, what, receives)
+        alone, group = group is not None, group or self._group(what.axis, what.channel)
+        if any(not t.is_cuda for _, t in (*out, *into)):
+            return self._gloo(out, into, what, receives)
+        self.check()
+        works = _one_by_one(out, into, group) if alone else _batched(out, into, group)
+        return self._pending(works, what, lambda: dict(receives), on_device=True)
+
+    def _sorted(self, sends, receives, what: Await):
+        """Messages out and in by world rank, and whom this rank waits for."""
         here, peers = self.rank(what.axis), self.peers(what.axis)
         out = [(peers[p], t) for p, t in sends.items() if p != here and t.numel()]
         into = [(peers[p], t) for p, t in receives.items() if p != here and t.numel()]
         assert all(t.is_contiguous() for _, t in (*out, *into)), f"{what}: strided tensor"
-        what = what.of([rank for rank, _ in into] or [rank for rank, _ in out])
-        if self._is_nccl and any(t.is_cuda for _, t in (*out, *into)):
-            works = self._nccl(out, into, group or self._group(what.axis, what.channel))
-            return self._pending(works, what, lambda: dict(receives))
-        if self._is_nccl and group is None and self.device.type == "cuda":
-            self._group(what.axis, what.channel)
-        return self._gloo(out, into, what, receives)
-
-    def _nccl(self, out, into, group) -> list[dist.Work]:
-        ops = [dist.P2POp(dist.irecv, t, rank, group) for rank, t in into]
-        ops += [dist.P2POp(dist.isend, t, rank, group) for rank, t in out]
-        return dist.batch_isend_irecv(ops) if ops else []
+        return out, into, what.of([rank for rank, _ in into] or [rank for rank, _ in out])
 
     def _gloo(self, out, into, what: Await, receives) -> Pending[dict[int, torch.Tensor]]:
         """Over gloo; tensors of a GPU through pinned copies, as gloo's send ends the process."""
-        self.watch.check(what.head(self.world_rank))
+        self.check()
         group, tag = self._group(None), self._tag(what)
         landing = [(rank, _host(t)) for rank, t in into]
         works = [dist.irecv(t, rank, group=group, tag=tag) for rank, t in landing]
@@ -177,12 +178,34 @@ class ProcessMesh(Mesh):
 
     # ---- waiting -----------------------------------------------------------------------------
 
-    def _start(self, call: Callable, *args, **kwargs) -> dist.Work:
+    def _collective(self, call: Callable, what: Await, result: Callable, *args, **kwargs):
+        """Begin a collective; `result()` is what its wait gives."""
         self.check()
-        return call(*args, async_op=True, **kwargs)
+        work = call(*args, group=self._group(what.axis), async_op=True, **kwargs)
+        on_device = self._is_nccl and any(_on_gpu(value) for value in args)
+        return self._pending([work], what, result, on_device=on_device)
 
-    def _pending(self, works, what: Await, result: Callable) -> Pending:
-        return Pending(lambda: self._finish(works, what, result))
+    def _pending(self, works, what: Await, result: Callable, *, on_device: bool = False) -> Pending:
+        if not on_device:
+            return Pending(lambda: self._finish(works, what, result))
+
+        def join() -> None:
+            for work in works:
+                work.wait()
+
+        return self._on_device(join, lambda: all(w.is_completed() for w in works), what, result)
+
+    def _on_device(self, join, done, what: Await, result: Callable, held: object = None) -> Pending:
+        """A collective whose wait orders streams and costs the host nothing; watched instead."""
+        self.watch.follow(done, what)
+
+        def finish():
+            self.check()
+            join()
+            _ = held
+            return result()
+
+        return Pending(finish)
 
     def _finish(self, works, what: Await, result: Callable):
         deadline = time.monotonic() + self.timeout_s
@@ -192,15 +215,19 @@ class ProcessMesh(Mesh):
                 try:
                     work.wait(timedelta(seconds=left))
                 except RuntimeError as error:
-                    lost = self._lost(what, error)
+                    lost = self._lost(what, str(error))
                     self.abort(str(lost))
                     raise lost from None
         return result()
 
-    def _lost(self, what: Await, error: RuntimeError) -> MeshTimeout:
+    def _late(self, what: Await) -> None:
+        """The watching thread found work on a device beyond its deadline."""
+        self.abort(str(self._lost(what, f"not done within {self.timeout_s:g} s")))
+
+    def _lost(self, what: Await, error: str) -> MeshTimeout:
         """The error of a failed wait: who ended the mesh, or which peers were not waiting too."""
         head = what.head(self.world_rank)
-        cause = str(error).strip().splitlines()[0][:200]
+        cause = error.strip().splitlines()[0][:200]
         detail = f"(phase {what.phase}; {cause})"
         try:
             told = self.watch.reason()
@@ -237,6 +264,21 @@ class ProcessMesh(Mesh):
         if self._store.check([key]):
             note = json.loads(self._store.get(key))
         return note | {"waiting": note["waiting"] or self.watch.waits(rank)}
+
+
+def _batched(out, into, group: dist.ProcessGroup) -> list[dist.Work]:
+    ops = [dist.P2POp(dist.irecv, t, rank, group) for rank, t in into]
+    ops += [dist.P2POp(dist.isend, t, rank, group) for rank, t in out]
+    return dist.batch_isend_irecv(ops) if ops else []
+
+
+def _one_by_one(out, into, group: dist.ProcessGroup) -> list[dist.Work]:
+    works = [dist.irecv(t, rank, group=group) for rank, t in into]
+    return works + [dist.isend(t, rank, group=group) for rank, t in out]
+
+
+def _on_gpu(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_cuda
 
 
 def _host(tensor: torch.Tensor) -> torch.Tensor:
