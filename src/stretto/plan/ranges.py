@@ -8,9 +8,10 @@ arithmetic whose cost depends on the number of intervals, never on the number of
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from heapq import heapreplace
 from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
 
@@ -95,6 +96,11 @@ class Spans:
         assert 0 <= row < self.rows, f"row {row} of {self.rows}"
         at = bisect_right(self._rows, row) - 1
         return self._starts[at] + row - self._rows[at]
+
+    def following(self, position: int) -> int | None:
+        """The smallest member at or after a position; None if there is none."""
+        row = self.before(position)
+        return self.position(row) if row < self.rows else None
 
     def within(self, start: int, end: int) -> Iterator[Span]:
         """The parts of the intervals that lie in [start, end), in order."""
@@ -420,30 +426,37 @@ def _slope(rows: int, value: int, slope: int, more: int, next_value: int, next_s
 
 def _linear_parts(mask: Mask, q: Spans, k: Spans) -> Iterator[_Strip]:
     """Strips between neighbouring positions at which either end of a query's keys may turn."""
-    if not q or not k:
-        return
-    for document in _documents_between(mask, q, k):
-        low, high = max(document[0], mask.prefix, k.hull[0]), min(document[1], k.hull[1])
-        if low >= high:
+    for document in _shared_documents(mask, q, k):
+        keys = max(document[0], mask.prefix, k.hull[0]), min(document[1], k.hull[1])
+        if keys[0] >= keys[1]:
             continue
-        for start, end in q.within(*_watchers(mask, document, (low, high))):
-            first, last = start + mask.offset, end + mask.offset
-            turns = _turns(mask, first, last, (low, high), k)
-            for here, there in pairwise(turns):
-                strip = _strip_at(mask, q.before(here - mask.offset), here, there, (low, high), k)
+        for start, end in q.within(*_watchers(mask, document, keys)):
+            row, first, last = q.before(start), start + mask.offset, end + mask.offset
+            for here, there in pairwise(_turns(mask, first, last, keys, k)):
+                strip = _strip_at(mask, row + here - first, here, there, keys, k)
                 if strip.low < strip.high:
                     yield strip
 
 
-def _documents_between(mask: Mask, q: Spans, k: Spans) -> Iterable[Span]:
-    """Documents that may hold both a query of `q` and a key of `k`; without documents, one."""
-    q_start, q_end = q.hull[0] + mask.offset, q.hull[1] + mask.offset
+def _shared_documents(mask: Mask, q: Spans, k: Spans) -> Iterator[Span]:
+    """Documents with both a query of `q` and a key of `k`; without documents, one of all."""
+    if not q or not k:
+        return
+    shift = mask.offset
     if mask.documents is None:
-        return ((min(q_start, k.hull[0]), max(q_end, k.hull[1])),)
-    bounds = mask._bounds
-    first = max(bisect_right(bounds, max(q_start, k.hull[0])) - 1, 0)
-    last = bisect_left(bounds, min(q_end, k.hull[1]))
-    return pairwise(bounds[first : last + 1])
+        yield min(q.hull[0] + shift, k.hull[0]), max(q.hull[1] + shift, k.hull[1])
+        return
+    done = mask._bounds[0]
+    while True:
+        query, key = q.following(done - shift), k.following(done)
+        if query is None or key is None:
+            return
+        at = mask._document(max(query + shift, key))
+        start, end = mask._bounds[at], mask._bounds[at + 1]
+        together = min(query + shift, key) >= start
+        if together:
+            yield start, end
+        done = end if together else start
 
 
 def _watchers(mask: Mask, document: Span, keys: Span) -> Span:
@@ -463,6 +476,9 @@ def _turns(mask: Mask, first: int, last: int, keys: Span, k: Spans) -> list[int]
     on the border and the next start a new part; parts that go on in a line are joined later.
     """
     seen = _visible(mask, first, keys)[0], _visible(mask, last - 1, keys)[1]
+    if _local(mask, first, keys, k) == _local(mask, last - 1, keys, k):
+        # Both ends only ever move forward, so every query in between sees the same keys.
+        return [first, last]
     borders = {*keys}.union(*k.within(*seen))
     turns = {first, last}
     if mask.ahead is not None:
@@ -481,12 +497,18 @@ def _visible(mask: Mask, position: int, keys: Span) -> Span:
     return low, high
 
 
+def _local(mask: Mask, position: int, keys: Span, k: Spans) -> Span:
+    """The same as local rows of `k`."""
+    low, high = _visible(mask, position, keys)
+    return k.before(low), k.before(high)
+
+
 def _strip_at(mask: Mask, row: int, here: int, there: int, keys: Span, k: Spans) -> _Strip:
     """The queries at [here, there), between two turns, as a strip of local rows and keys."""
-    low, high = (k.before(end) for end in _visible(mask, here, keys))
+    low, high = _local(mask, here, keys, k)
     if there - here == 1:
         return _Strip(row, 1, low, 0, high, 0)
-    last_low, last_high = (k.before(end) for end in _visible(mask, there - 1, keys))
+    last_low, last_high = _local(mask, there - 1, keys, k)
     steps = there - here - 1
     rise, climb = last_low - low, last_high - high
     assert {rise, climb} <= {0, steps}, "an end of the keys turned between two turns"
@@ -574,18 +596,18 @@ def _zigzag(rows: Spans, parts: int, turn: int = 0) -> tuple[Spans, ...]:
 
 
 def _documents(tokens: int, parts: int, mask: Mask) -> tuple[Spans, ...]:
-    """Packed documents: even rows, nearly even work, and few documents cut over all ranks.
+    """Packed documents: even rows, nearly even work, and most documents whole on one rank.
 
     Documents longer than a threshold are cut in zigzag over all ranks, which makes their work
-    even; the rest stays in order, so most of it needs no other rank. The threshold is the largest
-    of a halving series at which no rank has more than BALANCE times the mean work.
+    even; the others go whole to the least loaded rank, longest first. The threshold is the first
+    of shard, shard / 2, shard / 4, ... at which no rank has more than BALANCE times the mean work,
+    or the best of them if none is.
     """
     documents = mask.document_spans(tokens)
-    lengths = tuple(end - start for start, end in documents)
-    local = replace(mask, q_offset=None, documents=lengths, prefix=0)
+    alone = replace(mask, q_offset=None, documents=None, prefix=0)
     best: tuple[float, tuple[Spans, ...]] | None = None
-    for threshold in _thresholds(lengths, tokens, parts):
-        shards, work = _cut_longer(documents, threshold, parts, local)
+    for threshold in _thresholds(tokens, parts):
+        shards, work = _placed(documents, threshold, parts, alone)
         excess = max(work) * parts / max(sum(work), 1)
         if best is None or excess < best[0]:
             best = excess, shards
@@ -595,40 +617,85 @@ def _documents(tokens: int, parts: int, mask: Mask) -> tuple[Spans, ...]:
     return best[1]
 
 
-def _thresholds(lengths: tuple[int, ...], tokens: int, parts: int) -> Iterator[int]:
-    """Lengths above which documents are cut, each of them cutting more than the one before."""
-    threshold, longest = 2 * tokens // parts, max(lengths, default=0)
-    yield longest
-    ordered = sorted(lengths)
-    cut = 0
-    while threshold >= 2 * parts:
-        now = len(ordered) - bisect_right(ordered, threshold)
-        if now > cut:
-            cut = now
-            yield threshold
-        threshold //= 2
-    if cut < len(ordered):
-        yield 0
+def _thresholds(tokens: int, parts: int) -> Iterator[int]:
+    """A shard and its halves, as long as zigzag chunks of such a document have rows."""
+    threshold = -(-tokens // parts)
+    yield threshold
+    while (threshold := threshold // 2) >= 2 * parts:
+        yield threshold
 
 
-def _cut_longer(
-    documents: tuple[Span, ...], threshold: int, parts: int, mask: Mask
-) -> tuple[tuple[Spans, ...], list[int]]:
+def _placed(
+    documents: tuple[Span, ...], threshold: int, parts: int, alone: Mask
+) -> tuple[tuple[Spans, ...], list[float]]:
     """Shards with documents above the threshold in zigzag, and the work of each shard.
 
-    The work of a zigzagged document counts as even: it is, to a row of each chunk.
+    `alone` is the mask inside one document. The work of a zigzagged document counts as even: it
+    is, up to a row of each chunk.
     """
     own: list[list[Span]] = [[] for _ in range(parts)]
     turn, even = 0, 0
     for start, end in documents:
         if end - start > threshold:
-            document = Spans(((start, end),))
-            for rank, rows in enumerate(_zigzag(document, parts, turn)):
+            for rank, rows in enumerate(_zigzag(Spans(((start, end),)), parts, turn)):
                 own[rank].extend(rows)
             turn += end - start
-            even += count(mask, document, document)
-    short = Spans(tuple(span for span in documents if span[1] - span[0] <= threshold))
-    rest = _contiguous(short, parts, turn)
-    work = [even // parts + count(mask, rows, short) for rows in rest]
-    shards = tuple(Spans((*own[rank], *rest[rank].spans)) for rank in range(parts))
-    return shards, work
+            even += _work(alone, (start, end), (start, end))
+    whole = [span for span in documents if span[1] - span[0] <= threshold]
+    room = _deal(sum(end - start for start, end in whole), parts, turn)
+    given = _whole(whole, room, alone)
+    work = [even / parts + sum(_work(alone, *part) for part in held) for held in given]
+    for rank, held in enumerate(given):
+        own[rank].extend(rows for rows, _ in held)
+    return tuple(Spans(tuple(spans)) for spans in own), work
+
+
+def _whole(documents: list[Span], room: list[int], alone: Mask) -> list[list[tuple[Span, Span]]]:
+    """(rows, their document) for each rank: documents to the least loaded rank, longest first.
+
+    Load is the larger of a rank's shares of rows and of work. Ranks then hold `room` rows each:
+    the last rows of the shortest documents move from those above to those below.
+    """
+    longest = sorted(documents, key=lambda span: (span[0] - span[1], span[0]))
+    rows_all = max(sum(room), 1)
+    work_of = {n: _work(alone, (0, n), (0, n)) for n in {end - start for start, end in documents}}
+    work_all = max(sum(work_of[end - start] for start, end in documents), 1)
+    given: list[list[tuple[Span, Span]]] = [[] for _ in room]
+    heap = [(0.0, rank, 0, 0) for rank in range(len(room))]
+    for start, end in longest:
+        _, rank, rows, work = heap[0]
+        rows, work = rows + end - start, work + work_of[end - start]
+        heapreplace(heap, (max(rows / rows_all, work / work_all), rank, rows, work))
+        given[rank].append(((start, end), (start, end)))
+    _level(given, room)
+    return given
+
+
+def _level(given: list[list[tuple[Span, Span]]], room: list[int]) -> None:
+    """Move rows, in place, from ranks with more than their room to those with less."""
+    spare: list[tuple[Span, Span]] = []
+    short = []
+    for rank, parts in enumerate(given):
+        excess = sum(end - start for (start, end), _ in parts) - room[rank]
+        if excess < 0:
+            short.append((rank, -excess))
+        while excess > 0:
+            (start, end), document = parts.pop()
+            cut = max(start, end - excess)
+            spare.append(((cut, end), document))
+            if start < cut:
+                parts.append(((start, cut), document))
+            excess -= end - cut
+    for rank, missing in short:
+        while missing:
+            (start, end), document = spare.pop()
+            cut = min(end, start + missing)
+            given[rank].append(((start, cut), document))
+            if cut < end:
+                spare.append(((cut, end), document))
+            missing -= cut - start
+
+
+def _work(alone: Mask, rows: Span, document: Span) -> int:
+    """Visible pairs of some rows of a document."""
+    return count(alone, Spans((rows,)), Spans((document,)))
