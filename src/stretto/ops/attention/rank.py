@@ -258,7 +258,8 @@ def _backward(job: Job, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Ten
     walk = Walk(job, plan, list(saved.kept))
     walk.begin(queries if plan.moving == "q" else first)
     if plan.moving == "q":
-        dq, sums = _backward_moving_queries(walk, first)
+        rests = saved.kept[0] if job.schedule.forward.turns[0].steps[0].kept else first
+        dq, sums = _backward_moving_queries(walk, rests)
     else:
         dq, sums = _backward_moving_keys(walk, queries)
     return _gradients_home(job, list(plan.after), dq, sums)
@@ -359,6 +360,11 @@ class Riding:
         self.sum: Block | None = None
 
     def add(self, step: Step, part: Block) -> None:
+        rows = next(iter(step.give.sends.values())) if step.give else part.rows
+        if rows != part.rows:  # pruned keys: gradients ride with all rows
+            whole = _sums(self.job, rows, *part.parts)
+            whole.add_(part)
+            part = whole
         if self.coming is not None:
             part.add_(self.coming.one())
         self.sum = part
