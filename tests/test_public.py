@@ -22,6 +22,7 @@ def test_names_are_frozen():
         "Plan",
         "Steps",
         "Workload",
+        "attention",
         "errors",
         "estimate",
         "explain",

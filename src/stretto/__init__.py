@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from stretto.cost.estimate import Estimate
     from stretto.diffusion.api import parallelized
     from stretto.mesh.mesh import Mesh, init_mesh
+    from stretto.ops.attention.dist import attention
     from stretto.plan.context import Context
     from stretto.plan.model import Plan
     from stretto.plan.options import Data, Guidance, Steps
@@ -32,6 +33,7 @@ __all__ = [
     "Plan",
     "Steps",
     "Workload",
+    "attention",
     "errors",
     "estimate",
     "explain",
@@ -52,6 +54,7 @@ _HOMES = {
     "Plan": "stretto.plan.model",
     "Steps": "stretto.plan.options",
     "Workload": "stretto.workload.model",
+    "attention": "stretto.ops.attention.dist",
     "estimate": "stretto.search.judge",
     "explain": "stretto.search.judge",
     "find_plans": "stretto.search.space",
