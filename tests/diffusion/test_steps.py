@@ -336,13 +336,51 @@ def faulty(mesh, kind):
 @pytest.mark.ranks
 def test_a_rank_that_raises():
     with pytest.raises(LaunchError, match="rank 1 raised ArithmeticError: no such luck"):
-        run_ranks(faulty, {"step": 2}, "raise", timeout_s=40, mesh_timeout_s=20)
+        run_ranks(faulty, {"step": 2}, "raise", timeout_s=150, mesh_timeout_s=20)
+
+
+def told(mesh, body, *arguments):
+    """What a rank ended with, and whether the mesh is still of use."""
+    try:
+        body(mesh, *arguments)
+    except (ArithmeticError, RankLost, SplitMismatch) as error:
+        said = f"{type(error).__name__}: {error}"
+    try:
+        mesh.barrier()
+    except RankLost:
+        return said, False
+    return said, True
+
+
+@pytest.mark.ranks
+def test_a_rank_that_raises_inside_a_window_ends_the_waits_of_the_others():
+    """They hear of it long before their deadline, which is beyond that of this test."""
+    limits = {"timeout_s": 150, "mesh_timeout_s": 300}
+    waiting, raising = run_ranks(told, {"step": 2}, faulty, "raise", **limits)
+    assert raising == ("ArithmeticError: no such luck", False)
+    assert waiting[0].startswith("RankLost")
+    assert "step 4: ArithmeticError: no such luck" in waiting[0]
+
+
+def unguided(mesh):
+    """A pipeline whose batch of one cannot be cut in two."""
+    pipe = DDIM.pipeline()
+    with parallelized(pipe, Plan(cfg=2), mesh=mesh):
+        DDIM.call(pipe, guidance_scale=1.0)
+
+
+@pytest.mark.ranks
+def test_what_all_ranks_refuse_leaves_the_mesh_alone():
+    outcomes = run_ranks(told, {"cfg": 2}, unguided, timeout_s=150)
+    for said, usable in outcomes:
+        assert said.startswith("SplitMismatch: cfg=2")
+        assert usable
 
 
 @pytest.mark.ranks
 def test_a_rank_that_dies():
     with pytest.raises((RankLost, LaunchError), match="rank 1"):
-        run_ranks(faulty, {"step": 2}, "kill", timeout_s=40, mesh_timeout_s=20)
+        run_ranks(faulty, {"step": 2}, "kill", timeout_s=150, mesh_timeout_s=20)
 
 
 @pytest.mark.ranks
@@ -355,4 +393,4 @@ def test_a_rank_that_stalls():
 @pytest.mark.ranks
 def test_ranks_with_unequal_inputs():
     with pytest.raises(LaunchError, match="RanksDisagree"):
-        run_ranks(faulty, {"step": 2}, "seed", timeout_s=40)
+        run_ranks(faulty, {"step": 2}, "seed", timeout_s=150)

@@ -24,7 +24,7 @@ from stretto.diffusion.remembered import Remembered
 from stretto.diffusion.report import Report
 from stretto.diffusion.scheduler import SchedulerPort
 from stretto.diffusion.steps import StepRun
-from stretto.errors import HookDisplaced, UnsupportedPipeline
+from stretto.errors import ConfigError, HookDisplaced, LatentsEdited, UnsupportedPipeline
 from stretto.mesh.local import LocalMesh
 from stretto.mesh.mesh import Mesh
 from stretto.plan.model import Plan
@@ -228,10 +228,23 @@ class Attachment:
             self.report = self._run.finish()
             return result
         except BaseException as error:
-            self.mesh.record(f"failed: {type(error).__name__}: {error}")
+            self._leave_peers(error)
             raise
         finally:
             self._run = None
+
+    def _leave_peers(self, error: BaseException) -> None:
+        """Say why this rank ends; end the waits of the others, unless they end by themselves.
+
+        What a pipeline refuses before its first denoiser call, and what stretto refuses at all, it
+        refuses on every rank; the mesh then remains of use. Callbacks may edit on one rank alone.
+        """
+        assert self._run is not None, "called while a run is on"
+        reason = f"{type(error).__name__}: {error}"
+        self.mesh.record(f"failed: {reason}")
+        is_refusal = isinstance(error, ConfigError) and not isinstance(error, LatentsEdited)
+        if self.mesh.world_size > 1 and self._run.has_begun and not is_refusal:
+            self.mesh.abort(f"step {self._run.position}: {reason}")
 
     def _new_run(self, randomness: Randomness) -> StepRun:
         pipe = self.pipe

@@ -184,6 +184,11 @@ class StepRun:
         return self.report
 
     @property
+    def has_begun(self) -> bool:
+        """True from the first denoiser call on: peers may wait for this rank."""
+        return self.position > 0 or bool(self._call_counts)
+
+    @property
     def provisional(self) -> bool:
         """True while latents are guesses: inside a window, before its exchange."""
         return self.position > self.window.start
