@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -73,10 +72,11 @@ def attention(
     shapes = (q.shape[0], q.shape[1], k.shape[1], q.shape[3])
     context.check_heads(q.shape[1], k.shape[1])
     backends.choose(q.device, q.dtype, q.shape[3], backend)
-    lengths = _lengths(mesh, context, mask, tokens, (q, k), (shapes, scale, str(q.dtype), backend))
+    settings = (shapes, scale, str(q.dtype), backend)
+    lengths, held = _lengths(mesh, context, mask, tokens, (q, k), settings)
     rank = mesh.rank("cp") if mesh is not None and context.degree > 1 else 0
     case = _case(context, *lengths, shapes, q.element_size(), mask, rank, return_lse)
-    _check_rows(case, context, q.shape[2], k.shape[2])
+    _check_rows(case, context, held or {rank: (q.shape[2], k.shape[2])})
     settings = (mesh if context.degree > 1 else None, context, case, scale, backend)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         out, lse = _Attention.apply(q, k, v, settings)
@@ -234,18 +234,16 @@ def _case(
     )
 
 
-def _check_rows(case: AttentionCase, context: Context, q_rows: int, kv_rows: int) -> None:
-    """The rows at hand must be those of the layout."""
-    given = {"q": q_rows, "k": kv_rows}
-    laid_out = {"q": case.q_rows, "k": case.kv_rows}
-    for name, rows in laid_out.items():
-        if given[name] != rows[case.rank].rows:
-            total = sum(part.rows for part in rows)
-            raise ShapeError(
-                f"{name} has {given[name]} rows on rank {case.rank}; layout {context.layout!r} of "
-                f"{total} rows over {context.degree} ranks gives it {rows[case.rank].rows}; cut "
-                "tensors with stretto.ops.attention.layout.shard"
-            )
+def _check_rows(case: AttentionCase, context: Context, held: Mapping[int, tuple[int, int]]) -> None:
+    """The rows of q and k that ranks hold must be those of the layout."""
+    for rank, given in held.items():
+        for name, rows, count in zip("qk", (case.q_rows, case.kv_rows), given, strict=True):
+            if count != rows[rank].rows:
+                raise ShapeError(
+                    f"{name} has {count} rows on cp rank {rank}; layout {context.layout!r} of "
+                    f"{sum(part.rows for part in rows)} rows over {context.degree} ranks gives it "
+                    f"{rows[rank].rows}; cut tensors with stretto.ops.attention.layout.shard"
+                )
 
 
 # ---- agreement ---------------------------------------------------------------------------------
@@ -258,42 +256,37 @@ def _lengths(
     tokens: int | tuple[int, int] | None,
     local: tuple[Tensor, Tensor],
     what: tuple,
-) -> tuple[int, int]:
-    """Rows of the whole sequence, of queries and keys; makes sure that all ranks mean the same."""
+) -> tuple[tuple[int, int], dict[int, tuple[int, int]] | None]:
+    """Rows of the whole sequence, of queries and keys, and of every rank if ranks were asked.
+
+    Makes sure that all ranks mean the same call, once where nobody need be asked for lengths.
+    """
     here = (local[0].shape[2], local[1].shape[2])
     if mesh is None or context.degree == 1:
-        return here
+        return here, None
     known = (tokens, tokens) if isinstance(tokens, int) else tokens
     if known is None and mask.documents is not None and mask.q_offset is None:
         known = (sum(mask.documents),) * 2
-    shapes, scale, dtype, backend = what
-    fields = {
-        "plan": replace(context, layout="auto") if known is None else context,
-        "layout": context.layout,
-        "mask": mask,
-        "batch, heads, head dim": shapes,
-        "dtype": dtype,
-        "scale": scale,
-        "backend": backend,
-        "tokens": known,
-    }
+    names = ("batch, heads, head dim", "scale", "dtype", "backend")
+    fields = {"plan": context, "mask": mask, "tokens": known, **dict(zip(names, what, strict=True))}
     text = "\n".join(f"{name}: {value}" for name, value in fields.items())
     if known is not None and text in mesh.agreed:
-        return known
-    totals = _agreed(mesh, text, here)
+        return known, None
+    held = _agreed(mesh, text, here)
     mesh.agreed.add(text)
-    return known or totals
+    totals = (sum(q for q, _ in held.values()), sum(k for _, k in held.values()))
+    return known or totals, held
 
 
-def _agreed(mesh: Mesh, text: str, here: tuple[int, int]) -> tuple[int, int]:
-    """Compare what every rank is about to do; the sums of their rows."""
+def _agreed(mesh: Mesh, text: str, here: tuple[int, int]) -> dict[int, tuple[int, int]]:
+    """Compare what every rank is about to do; the rows of q and k that each holds."""
     digest = hashlib.sha256(text.encode()).digest()[:8]
     mine = torch.tensor([*here, int.from_bytes(digest, "little", signed=True)])
-    every = mesh.all_gather(mine, "cp", "control").wait()
-    if any(int(other[2]) != int(mine[2]) for other in every):
+    every = [other.tolist() for other in mesh.all_gather(mine, "cp", "control").wait()]
+    if any(other[2] != every[0][2] for other in every):
         texts = [data.decode() for data in mesh.gather_bytes(text.encode(), "cp")]
         raise RanksDisagree(_difference(texts))
-    return sum(int(other[0]) for other in every), sum(int(other[1]) for other in every)
+    return {rank: (q, k) for rank, (q, k, _) in enumerate(every)}
 
 
 def _difference(texts: list[str]) -> str:
