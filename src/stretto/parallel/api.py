@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from stretto.errors import PlanMismatch, UnsupportedModel
+from stretto.parallel import sdpa
 from stretto.parallel.context import Attention, Binding
 
 if TYPE_CHECKING:
@@ -84,15 +85,27 @@ def _context(plan: Plan | Context) -> Context:
 def _bind(
     model: nn.Module, binding: Binding, stack: contextlib.ExitStack, check: bool
 ) -> list[str]:
-    from stretto.parallel.layouts import causal_lm
+    from stretto.parallel.layouts import causal_lm, denoisers
 
     if causal_lm.is_model(model):
         return _bind_language_model(model, binding, stack, check)
+    if denoisers.is_model(model):
+        return stack.enter_context(denoisers.bound(model, binding))
     explicit = [name for name, part in model.named_modules() if isinstance(part, Attention)]
-    if explicit:
-        _bind_explicit(model, explicit, binding, stack)
-        return explicit
-    raise UnsupportedModel(f"{type(model).__name__} holds no attention that is known here")
+    calling = sdpa.callers(model)
+    calling = [name for name in calling if name not in explicit]
+    if not explicit and not calling:
+        raise UnsupportedModel(
+            f"{type(model).__name__} holds no attention that is known here: neither stretto's "
+            "Attention modules nor modules whose forward calls scaled_dot_product_attention"
+        )
+    if check:
+        sdpa.check(model)
+    _bind_explicit(model, explicit, binding, stack)
+    for name in calling:
+        part = model.get_submodule(name)
+        stack.enter_context(sdpa.scoped(part, name, binding, lambda args, kwargs: False))
+    return [*explicit, *calling]
 
 
 def _bind_explicit(

@@ -8,18 +8,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from stretto.errors import ShapeError
+from stretto.errors import ShapeError, UnsupportedModel
 from stretto.plan.context import Context
 from stretto.plan.ranges import Mask, resolve_layout, shard
 
 if TYPE_CHECKING:
     from stretto.mesh.mesh import Mesh
+
+
+def _even(rows: tuple[int, ...]) -> bool:
+    shares = shard("contiguous", sum(rows), len(rows))
+    return rows == tuple(share.rows for share in shares)
+
+
+def _in_order(rows: tuple[int, ...]) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Ranges of ranks that hold so many rows, one rank after the other."""
+    ends = list(accumulate(rows))
+    return tuple(((end - own, end),) if own else () for own, end in zip(rows, ends, strict=True))
 
 
 @lru_cache(maxsize=256)
@@ -45,13 +57,15 @@ class Binding:
     """What `parallelize` leaves on a model's attention modules: where they run and how.
 
     `causal`: how an `auto` layout is decided. `call`: what this call of the model said about
-    itself, filled by the hook at its entrance. `watch`: while the model is being examined, what
+    itself, filled by the hook at its entrance. `cross`: keys of another length are shards too.
+    `watch`: while the model is being examined, what
     takes the place of attention.
     """
 
     mesh: Mesh
     plan: Context
     causal: bool = True
+    cross: bool = False
     call: dict[str, Any] = field(default_factory=dict)
     watch: Any = None
 
@@ -65,7 +79,9 @@ class Binding:
         """`stretto.attention` over all shards; values may have another head dim than keys."""
         from stretto.ops.attention.dist import attention
 
-        plan = settled(self.plan, causal=self.causal, documents=self.call.get("documents"))
+        plan = mask.pop("plan", None)
+        if plan is None:
+            plan = settled(self.plan, causal=self.causal, documents=self.call.get("documents"))
         dims = q_BHTD.shape[-1], v_BGSE.shape[-1]
         if dims[0] != dims[1]:
             # Zeros change neither scores nor outputs, and the output's extra columns are zero.
@@ -75,6 +91,33 @@ class Binding:
             )
         out = attention(q_BHTD, k_BGSD, v_BGSE, mesh=self.mesh, plan=plan, **mask)
         return out[..., : dims[1]]
+
+    def attend_sdpa(
+        self, q_BHTD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSE: torch.Tensor, *, causal, scale
+    ) -> torch.Tensor:
+        """The same for a caller of torch SDPA, which says nothing of the whole sequence.
+
+        Without a causal mask any distribution of rows is right, so uneven ones (tokens of two kinds
+        that were cut apart) are taken as they are. Raises UnsupportedModel for keys in another
+        number than queries, unless both are cut evenly.
+        """
+        if causal:
+            plan = settled(self.plan, causal=True)
+            return self.attend(q_BHTD, k_BGSD, v_BGSE, plan=plan, causal=True, scale=scale)
+        own = torch.tensor([q_BHTD.shape[2], k_BGSD.shape[2]], device=self.mesh.device)
+        counts = [row.tolist() for row in self.mesh.all_gather(own, "cp", "control").wait()]
+        q_rows, k_rows = (tuple(rows) for rows in zip(*counts, strict=True))
+        layout = _in_order(q_rows)
+        if q_rows != k_rows:
+            if not (self.cross and _even(q_rows) and _even(k_rows)):
+                raise UnsupportedModel(
+                    f"{q_rows} queries and {k_rows} keys per rank: nothing tells whether the keys "
+                    "are shards or whole on every rank\n  to fix: stretto's Attention module, or "
+                    "keys and queries of one sequence"
+                )
+            layout = "contiguous"
+        plan = replace(self.plan, layout=layout)
+        return self.attend(q_BHTD, k_BGSD, v_BGSE, plan=plan, scale=scale)
 
 
 class Attention(nn.Module):
