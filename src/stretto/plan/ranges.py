@@ -8,7 +8,7 @@ arithmetic whose cost depends on the number of intervals, never on the number of
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from heapq import heapreplace
@@ -96,11 +96,6 @@ class Spans:
         assert 0 <= row < self.rows, f"row {row} of {self.rows}"
         at = bisect_right(self._rows, row) - 1
         return self._starts[at] + row - self._rows[at]
-
-    def following(self, position: int) -> int | None:
-        """The smallest member at or after a position; None if there is none."""
-        row = self.before(position)
-        return self.position(row) if row < self.rows else None
 
     def within(self, start: int, end: int) -> Iterator[Span]:
         """The parts of the intervals that lie in [start, end), in order."""
@@ -446,17 +441,18 @@ def _shared_documents(mask: Mask, q: Spans, k: Spans) -> Iterator[Span]:
     if mask.documents is None:
         yield min(q.hull[0] + shift, k.hull[0]), max(q.hull[1] + shift, k.hull[1])
         return
-    done = mask._bounds[0]
-    while True:
-        query, key = q.following(done - shift), k.following(done)
-        if query is None or key is None:
-            return
-        at = mask._document(max(query + shift, key))
-        start, end = mask._bounds[at], mask._bounds[at + 1]
-        together = min(query + shift, key) >= start
-        if together:
-            yield start, end
-        done = end if together else start
+    for at in sorted(_held(mask._bounds, q, shift) & _held(mask._bounds, k, 0)):
+        yield mask._bounds[at], mask._bounds[at + 1]
+
+
+def _held(bounds: tuple[int, ...], rows: Spans, shift: int) -> set[int]:
+    """Numbers of the documents, between bounds, that positions shifted by `shift` fall into."""
+    held: set[int] = set()
+    for start, end in rows:
+        held.update(
+            range(bisect_right(bounds, start + shift) - 1, bisect_left(bounds, end + shift))
+        )
+    return held
 
 
 def _watchers(mask: Mask, document: Span, keys: Span) -> Span:
@@ -598,16 +594,14 @@ def _zigzag(rows: Spans, parts: int, turn: int = 0) -> tuple[Spans, ...]:
 def _documents(tokens: int, parts: int, mask: Mask) -> tuple[Spans, ...]:
     """Packed documents: even rows, nearly even work, and most documents whole on one rank.
 
-    Documents longer than a threshold are cut in zigzag over all ranks, which makes their work
-    even; the others go whole to the least loaded rank, longest first. The threshold is the first
-    of shard, shard / 2, shard / 4, ... at which no rank has more than BALANCE times the mean work,
-    or the best of them if none is.
+    In order, like contiguous, if the work is even then. Otherwise documents longer than a threshold
+    are cut in zigzag over all ranks, which makes their work even, and the others go whole to the
+    least loaded rank, longest first; the thresholds tried are shard, shard / 2, shard / 4, ... The
+    first attempt at which no rank has more than BALANCE times the mean work is taken, or the best
+    if there is none.
     """
-    documents = mask.document_spans(tokens)
-    alone = replace(mask, q_offset=None, documents=None, prefix=0)
     best: tuple[float, tuple[Spans, ...]] | None = None
-    for threshold in _thresholds(tokens, parts):
-        shards, work = _placed(documents, threshold, parts, alone)
+    for shards, work in _attempts(mask.document_spans(tokens), tokens, parts, mask):
         excess = max(work) * parts / max(sum(work), 1)
         if best is None or excess < best[0]:
             best = excess, shards
@@ -615,6 +609,20 @@ def _documents(tokens: int, parts: int, mask: Mask) -> tuple[Spans, ...]:
             break
     assert best is not None
     return best[1]
+
+
+def _attempts(
+    documents: tuple[Span, ...], tokens: int, parts: int, mask: Mask
+) -> Iterator[tuple[tuple[Spans, ...], list[float]]]:
+    """Shards and their work, the least traffic first."""
+    lengths = tuple(end - start for start, end in documents)
+    packed = replace(mask, q_offset=None, documents=lengths, prefix=0)
+    whole = Spans(documents)
+    in_order = _contiguous(whole, parts)
+    yield in_order, [float(count(packed, rows, whole)) for rows in in_order]
+    alone = replace(packed, documents=None)
+    for threshold in _thresholds(tokens, parts):
+        yield _placed(documents, threshold, parts, alone)
 
 
 def _thresholds(tokens: int, parts: int) -> Iterator[int]:
