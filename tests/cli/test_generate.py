@@ -10,6 +10,8 @@ import time
 import pytest
 
 from stretto.cli import app as cli
+from stretto.cli.generate_options import threads_of
+from stretto.cluster import detect
 from stretto.errors import PlanMismatch
 from stretto.plan.io import write_plan
 from stretto.plan.model import Plan
@@ -109,6 +111,16 @@ def test_calibrate_is_a_command_of_its_own(capsys):
 )
 def test_bad_input_is_one_message_and_2(arguments, expected, tmp_path, capsys):
     assert expected in refused(capsys, *arguments, out=tmp_path / "out").replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("asked", "ranks", "load", "threads"),
+    [(None, 2, 0.0, 1), (None, 1, 0.2, 4), (None, 1, 1.8, 2), (None, 1, 9.0, 1), (3, 2, 9.0, 3)],
+)
+def test_a_single_rank_takes_the_free_cores(asked, ranks, load, threads, monkeypatch):
+    monkeypatch.setattr(detect, "usable_cores", lambda: 4)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    assert threads_of(asked, ranks) == threads
 
 
 def test_output_that_cannot_be_written_is_known_before_anything_runs(tmp_path, capsys):

@@ -22,8 +22,8 @@ from stretto.cli.generate_options import (
     check_comparison,
     plan_of,
     ranks_of,
+    threads_of,
 )
-from stretto.cluster import detect
 from stretto.mesh.launch import launch, prepare
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def generate(
     ranks = ranks_of(split.ranks, plan)
     check_comparison(compare, ranks)
     call = call_of(subject)
-    threads = machine.threads or (1 if ranks > 1 else detect.usable_cores())
+    threads = threads_of(machine.threads, ranks)
     with _output(out), _Screen(quiet=quiet or json) as screen:
         if ranks > 1 and not split.emulate:
             # First, since it works in another process while this one imports torch.
