@@ -103,6 +103,10 @@ def check(found, exact, base):
     for name, x, b, r in zip(("out", "lse", "dq", "dk", "dv"), found, base, exact, strict=True):
         if name == "lse" and found[0].dtype in (torch.bfloat16, torch.float16):
             assert distance(x, r) <= torch.finfo(found[0].dtype).eps
+        elif name == "lse" and x.is_cuda and x.dtype == torch.float32:
+            # Kernels keep it to base 2, which costs a few roundings more than the logarithm.
+            peak = max(1.0, r[r.isfinite()].abs().max().item())
+            assert distance(x, r) <= 8 * torch.finfo(x.dtype).eps * peak
         else:
             assert_close(x, b, r, what=name, factor=3 if name.startswith("d") else 2)
 

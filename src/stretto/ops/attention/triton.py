@@ -69,12 +69,14 @@ def _merge(
     peak = tl.where(peak == nothing, 0.0, peak)
     old_weight, new_weight = tl.exp(old - peak), tl.exp(new - peak)
     total = old_weight + new_weight
-    tl.store(acc_lse + row, tl.where(total == 0.0, nothing, peak + tl.log(total)), here)
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     # An absent side is not read: its memory may never have been written.
     a = tl.load(acc + at, inside & (old != nothing)[:, None], other=0.0)
     b = tl.load(part + at, inside & (new != nothing)[:, None], other=0.0).to(tl.float32)
     merged = a * (old_weight * share)[:, None] + b * (new_weight * share)[:, None]
+    # All warps read acc_lse, one writes it: without the barrier it may before the others have read.
+    tl.debug_barrier()
+    tl.store(acc_lse + row, tl.where(total == 0.0, nothing, peak + tl.log(total)), here)
     tl.store(acc + at, merged, inside)
 
 
