@@ -50,7 +50,10 @@ class Await:
 
 
 class Watch:
-    """The abort record of a job, and the thread that follows it and the deadlines of devices."""
+    """The abort record of a job, and the thread that follows it and the deadlines of devices.
+
+    The record is looked at only while this rank waits, so ranks at work leave the store alone.
+    """
 
     def __init__(
         self, rank: int, store: dist.Store, timeout_s: float, late: Callable[[Await], None]
@@ -101,8 +104,10 @@ class Watch:
     def abort(self, reason: str) -> None:
         """End every rank's waits with this reason, unless somebody else gave one before."""
         record = {"rank": self._rank, "time": time.time(), "reason": reason}
+        self._reason = self._reason or _words(record)
         with contextlib.suppress(RuntimeError):
-            self._store.compare_set("abort", "", json.dumps(record))
+            first = self._store.compare_set("abort", "", json.dumps(record))
+            self._reason = _words(json.loads(first))
         self._end_waits()
 
     def reason(self) -> str:
@@ -112,7 +117,7 @@ class Watch:
         return self._reason
 
     def check(self, head: str) -> None:
-        """Raise RankLost once the watching thread has seen that somebody ended the mesh."""
+        """Raise RankLost if this rank knows that somebody ended the mesh."""
         if self._reason:
             raise RankLost(f"{head} cannot go on, lost: {self._reason}")
 
@@ -143,31 +148,34 @@ class Watch:
 
     def _follow(self) -> None:
         while not self._stop.wait(LOOK_S):
-            try:
-                self._tell()
-                late = self._overdue(self._timeout_s)
-                if late:
-                    self._late(late)
-                if self._looking.check(["abort"]):
-                    self._reason = _words(json.loads(self._looking.get("abort")))
-                    self._end_waits()
-                    return
-            except RuntimeError:
-                # The launcher is gone; connections end with it.
+            late = self._overdue(self._timeout_s)
+            if late:
+                self._late(late)
+            if self._reason:
+                self._end_waits()
                 return
+            with contextlib.suppress(RuntimeError):
+                # A store that is gone is no failure: rank 0 may have done its part and left.
+                self._look(self._long_wait())
 
-    def _tell(self) -> None:
-        """Publish that this rank has been waiting for a while, or no longer is."""
-        waiting = self._waiting
-        what = self._overdue(LOOK_S)
-        if waiting and time.monotonic() - waiting[1] > LOOK_S:
-            what = waiting[0]
-        if what:
-            self._looking.set(f"waiting/{self._rank}", str(what))
-            self._told = True
-        elif self._told:
+    def _look(self, waits: Await | None) -> None:
+        """While this rank waits, publish for what, and see whether somebody ended the mesh."""
+        if self._told and not waits:
             self._looking.set(f"waiting/{self._rank}", "")
             self._told = False
+        if waits:
+            self._looking.set(f"waiting/{self._rank}", str(waits))
+            self._told = True
+            if self._looking.check(["abort"]):
+                self._reason = _words(json.loads(self._looking.get("abort")))
+                self._end_waits()
+
+    def _long_wait(self) -> Await | None:
+        """What this rank has been waiting for since the last look, on the host or its device."""
+        waiting = self._waiting
+        if waiting and time.monotonic() - waiting[1] > LOOK_S:
+            return waiting[0]
+        return self._overdue(LOOK_S)
 
     def _overdue(self, limit_s: float) -> Await | None:
         """The oldest work on a device, if it has been so for longer than `limit_s`."""
