@@ -8,38 +8,33 @@ TOKENS = 6
 GPT, T5 = 16, 32
 
 
+@seeded()
 def audioldm2(scheduler: str, **config):
     """AudioLDM2Pipeline. Ready embeddings still need both encoders and the vocoder in place.
 
     Every cross-attention block has three streams: self, the language model's width, T5's width.
     """
-    with seeded():
-        return assemble(
-            "AudioLDM2Pipeline",
-            unet=make(
-                "AudioLDM2UNet2DConditionModel",
-                block_out_channels=(8, 16),
-                layers_per_block=1,
-                norm_num_groups=4,
-                sample_size=8,
-                in_channels=4,
-                out_channels=4,
-                attention_head_dim=2,
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-                cross_attention_dim=((None, GPT, T5),) * 2,
-            ),
-            vae=_mel_vae(),
-            scheduler=make(scheduler, **{**SD_SCHEDULE, **config}),
-            text_encoder=None,
-            text_encoder_2=_t5(),
-            projection_model=None,
-            language_model=_gpt2(),
-            tokenizer=None,
-            tokenizer_2=None,
-            feature_extractor=None,
-            vocoder=_vocoder(),
-        )
+    return assemble(
+        "AudioLDM2Pipeline",
+        unet=make(
+            "AudioLDM2UNet2DConditionModel",
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            attention_head_dim=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=((None, GPT, T5),) * 2,
+        ),
+        vae=_mel_vae(),
+        scheduler=make(scheduler, **{**SD_SCHEDULE, **config}),
+        text_encoder_2=_t5(),
+        language_model=_gpt2(),
+        vocoder=_vocoder(),
+    )
 
 
 def _mel_vae():
@@ -99,46 +94,44 @@ def audioldm2_inputs() -> dict:
     }
 
 
+@seeded()
 def stable_audio(scheduler: str, **config):
     """StableAudioPipeline; the checkpoint's cosine SDE solver needs torchsde, so it is not used."""
-    with seeded():
-        return assemble(
-            "StableAudioPipeline",
-            transformer=make(
-                "StableAudioDiTModel",
-                sample_size=4,
-                in_channels=3,
-                out_channels=3,
-                num_layers=2,
-                attention_head_dim=4,
-                num_attention_heads=2,
-                num_key_value_attention_heads=2,
-                cross_attention_dim=GPT,
-                time_proj_dim=8,
-                global_states_input_dim=2 * GPT,
-                cross_attention_input_dim=GPT,
-            ),
-            vae=make(
-                "AutoencoderOobleck",
-                encoder_hidden_size=6,
-                downsampling_ratios=[1, 2],
-                decoder_channels=3,
-                decoder_input_channels=3,
-                audio_channels=2,
-                channel_multiples=[2, 4],
-                sampling_rate=4,
-            ),
-            projection_model=make(
-                "StableAudioProjectionModel",
-                text_encoder_dim=GPT,
-                conditioning_dim=GPT,
-                min_value=0,
-                max_value=32,
-            ),
-            scheduler=make(scheduler, **config),
-            text_encoder=None,
-            tokenizer=None,
-        )
+    return assemble(
+        "StableAudioPipeline",
+        transformer=make(
+            "StableAudioDiTModel",
+            sample_size=4,
+            in_channels=3,
+            out_channels=3,
+            num_layers=2,
+            attention_head_dim=4,
+            num_attention_heads=2,
+            num_key_value_attention_heads=2,
+            cross_attention_dim=GPT,
+            time_proj_dim=8,
+            global_states_input_dim=2 * GPT,
+            cross_attention_input_dim=GPT,
+        ),
+        vae=make(
+            "AutoencoderOobleck",
+            encoder_hidden_size=6,
+            downsampling_ratios=[1, 2],
+            decoder_channels=3,
+            decoder_input_channels=3,
+            audio_channels=2,
+            channel_multiples=[2, 4],
+            sampling_rate=4,
+        ),
+        projection_model=make(
+            "StableAudioProjectionModel",
+            text_encoder_dim=GPT,
+            conditioning_dim=GPT,
+            min_value=0,
+            max_value=32,
+        ),
+        scheduler=make(scheduler, **config),
+    )
 
 
 def stable_audio_inputs() -> dict:

@@ -5,6 +5,7 @@ diffusers is imported inside functions, so that the registry can be read where i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,7 +31,7 @@ def picture(seed: int, *shape: int) -> torch.Tensor:
 
 @contextmanager
 def seeded(seed: int = 0) -> Iterator[None]:
-    """Draw weights from `seed` and leave the caller's random state as it was."""
+    """Draw weights from `seed` and leave the caller's random state as it was; also a decorator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -59,12 +60,27 @@ def _fill_zero_weights(module: torch.nn.Module) -> None:
 
 
 def assemble(name: str, **components):
-    """A diffusers pipeline by name from ready components, on CPU, without progress bar."""
+    """A diffusers pipeline by name from ready components, on CPU, without progress bar.
+
+    What its constructor asks for and is not given, encoders above all, is absent: inputs are ready
+    embeddings.
+    """
     import diffusers
 
-    pipe = getattr(diffusers, name)(**components)
+    kind = getattr(diffusers, name)
+    asked = list(inspect.signature(kind.__init__).parameters.values())[1:]
+    absent = {p.name: None for p in asked if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+    pipe = kind(**{**absent, **components})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def masks(tokens: int) -> dict[str, torch.Tensor]:
+    """Attention masks of both branches, (1, tokens); the negative one hides its last token."""
+    mask = torch.ones(1, tokens, dtype=torch.long)
+    shorter = mask.clone()
+    shorter[:, -1] = 0
+    return {"prompt_attention_mask": mask, "negative_prompt_attention_mask": shorter}
 
 
 def image_vae(latent_channels: int = 4, **config):

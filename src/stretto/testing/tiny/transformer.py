@@ -5,7 +5,7 @@ Latents are 8x8 unless said otherwise; the VAE halves a 16x16 image once.
 
 from __future__ import annotations
 
-from stretto.testing.tiny.parts import SD_SCHEDULE, assemble, draw, image_vae, make, seeded
+from stretto.testing.tiny.parts import SD_SCHEDULE, assemble, draw, image_vae, make, masks, seeded
 
 SIZE = 16
 TOKENS, WIDTH = 6, 32
@@ -25,36 +25,31 @@ def guided(**more) -> dict:
 
 def masked(**more) -> dict:
     """`guided` with attention masks that hide the last token of the negative branch."""
-    mask = draw(0, 1, TOKENS).ge(-9.0).long()
-    shorter = mask.clone()
-    shorter[:, -1] = 0
-    return guided(prompt_attention_mask=mask, negative_prompt_attention_mask=shorter, **more)
+    return guided(**masks(TOKENS), **more)
 
 
+@seeded()
 def sd3(scheduler: str, **config):
     """StableDiffusion3Pipeline with two joint blocks, so that one can be skipped."""
-    with seeded():
-        return assemble(
-            "StableDiffusion3Pipeline",
-            transformer=make(
-                "SD3Transformer2DModel",
-                sample_size=8,
-                patch_size=2,
-                in_channels=4,
-                out_channels=4,
-                num_layers=2,
-                attention_head_dim=8,
-                num_attention_heads=2,
-                joint_attention_dim=WIDTH,
-                caption_projection_dim=16,
-                pooled_projection_dim=WIDTH,
-                pos_embed_max_size=8,
-            ),
-            scheduler=make(scheduler, **config),
-            vae=image_vae(shift_factor=0.06, scaling_factor=1.5),
-            **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3")),
-            **dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3")),
-        )
+    return assemble(
+        "StableDiffusion3Pipeline",
+        transformer=make(
+            "SD3Transformer2DModel",
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            caption_projection_dim=16,
+            pooled_projection_dim=WIDTH,
+            pos_embed_max_size=8,
+        ),
+        scheduler=make(scheduler, **config),
+        vae=image_vae(shift_factor=0.06, scaling_factor=1.5),
+    )
 
 
 def sd3_inputs(**more) -> dict:
@@ -69,28 +64,27 @@ def sd3_skip_inputs() -> dict:
     return sd3_inputs(skip_guidance_layers=[0], skip_layer_guidance_stop=0.6)
 
 
+@seeded()
 def flux(scheduler: str, **config):
     """FluxPipeline with embedded (distilled) guidance."""
-    with seeded():
-        return assemble(
-            "FluxPipeline",
-            transformer=make(
-                "FluxTransformer2DModel",
-                patch_size=1,
-                in_channels=16,
-                num_layers=1,
-                num_single_layers=1,
-                attention_head_dim=16,
-                num_attention_heads=2,
-                joint_attention_dim=WIDTH,
-                pooled_projection_dim=WIDTH,
-                axes_dims_rope=(4, 4, 8),
-                guidance_embeds=True,
-            ),
-            scheduler=make(scheduler, **config),
-            vae=image_vae(shift_factor=0.06, scaling_factor=1.5),
-            **dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")),
-        )
+    return assemble(
+        "FluxPipeline",
+        transformer=make(
+            "FluxTransformer2DModel",
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            axes_dims_rope=(4, 4, 8),
+            guidance_embeds=True,
+        ),
+        scheduler=make(scheduler, **config),
+        vae=image_vae(shift_factor=0.06, scaling_factor=1.5),
+    )
 
 
 def flux_inputs() -> dict:
@@ -107,68 +101,64 @@ def flux_cfg_inputs() -> dict:
     return {**flux_inputs(), **negative, "true_cfg_scale": 3.0}
 
 
+@seeded()
 def qwen(scheduler: str, **config):
     """QwenImagePipeline; its VAE halves twice, latents are packed 2x2."""
-    with seeded():
-        return assemble(
-            "QwenImagePipeline",
-            transformer=make(
-                "QwenImageTransformer2DModel",
-                patch_size=2,
-                in_channels=16,
-                out_channels=4,
-                num_layers=2,
-                attention_head_dim=16,
-                num_attention_heads=2,
-                joint_attention_dim=WIDTH,
-                axes_dims_rope=(8, 4, 4),
-            ),
-            scheduler=make(scheduler, **config),
-            vae=make(
-                "AutoencoderKLQwenImage",
-                base_dim=4,
-                z_dim=4,
-                dim_mult=[1, 2, 4],
-                num_res_blocks=1,
-                temperal_downsample=[False, True],
-                latents_mean=[0.0] * 4,
-                latents_std=[1.0] * 4,
-            ),
-            text_encoder=None,
-            tokenizer=None,
-        )
+    return assemble(
+        "QwenImagePipeline",
+        transformer=make(
+            "QwenImageTransformer2DModel",
+            patch_size=2,
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            axes_dims_rope=(8, 4, 4),
+        ),
+        scheduler=make(scheduler, **config),
+        vae=make(
+            "AutoencoderKLQwenImage",
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 2, 4],
+            num_res_blocks=1,
+            temperal_downsample=[False, True],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        ),
+    )
 
 
 def qwen_inputs() -> dict:
     """Two branches of different length, evaluated one after the other."""
-    mask = draw(0, 1, TOKENS).ge(-9.0).long()
+    mask = masks(TOKENS)["prompt_attention_mask"]
     inputs = guided(height=32, width=32, true_cfg_scale=3.0, prompt_embeds_mask=mask)
     inputs["negative_prompt_embeds"] = draw(2, 1, TOKENS - 2, WIDTH)
     return {**inputs, "negative_prompt_embeds_mask": mask[:, 2:]}
 
 
+@seeded()
 def pixart(scheduler: str, **config):
     """PixArtSigmaPipeline with learned variance channels, which the pipeline drops."""
-    with seeded():
-        return assemble(
-            "PixArtSigmaPipeline",
-            transformer=make(
-                "PixArtTransformer2DModel",
-                sample_size=8,
-                num_layers=2,
-                patch_size=2,
-                attention_head_dim=8,
-                num_attention_heads=3,
-                cross_attention_dim=24,
-                caption_channels=WIDTH,
-                in_channels=4,
-                out_channels=8,
-            ),
-            scheduler=make(scheduler, **{**SD_SCHEDULE, **config}),
-            vae=image_vae(),
-            text_encoder=None,
-            tokenizer=None,
-        )
+    return assemble(
+        "PixArtSigmaPipeline",
+        transformer=make(
+            "PixArtTransformer2DModel",
+            sample_size=8,
+            num_layers=2,
+            patch_size=2,
+            attention_head_dim=8,
+            num_attention_heads=3,
+            cross_attention_dim=24,
+            caption_channels=WIDTH,
+            in_channels=4,
+            out_channels=8,
+        ),
+        scheduler=make(scheduler, **{**SD_SCHEDULE, **config}),
+        vae=image_vae(),
+    )
 
 
 def pixart_inputs() -> dict:
@@ -176,47 +166,45 @@ def pixart_inputs() -> dict:
     return masked(guidance_scale=4.0, negative_prompt=None, use_resolution_binning=False)
 
 
+@seeded()
 def sana(scheduler: str, **config):
     """SanaPipeline: linear attention, a deep-compression VAE."""
-    with seeded():
-        return assemble(
-            "SanaPipeline",
-            transformer=make(
-                "SanaTransformer2DModel",
-                in_channels=4,
-                out_channels=4,
-                num_layers=1,
-                num_attention_heads=2,
-                attention_head_dim=4,
-                num_cross_attention_heads=2,
-                cross_attention_head_dim=4,
-                cross_attention_dim=8,
-                caption_channels=WIDTH,
-                sample_size=8,
-            ),
-            scheduler=make(scheduler, **config),
-            vae=make(
-                "AutoencoderDC",
-                in_channels=3,
-                latent_channels=4,
-                attention_head_dim=2,
-                encoder_block_types=("ResBlock", "EfficientViTBlock"),
-                decoder_block_types=("ResBlock", "EfficientViTBlock"),
-                encoder_block_out_channels=(8, 8),
-                decoder_block_out_channels=(8, 8),
-                encoder_qkv_multiscales=((), (5,)),
-                decoder_qkv_multiscales=((), (5,)),
-                encoder_layers_per_block=(1, 1),
-                decoder_layers_per_block=(1, 1),
-                downsample_block_type="conv",
-                upsample_block_type="interpolate",
-                decoder_norm_types="rms_norm",
-                decoder_act_fns="silu",
-                scaling_factor=0.41,
-            ),
-            text_encoder=None,
-            tokenizer=None,
-        )
+    return assemble(
+        "SanaPipeline",
+        transformer=make(
+            "SanaTransformer2DModel",
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=4,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=4,
+            cross_attention_dim=8,
+            caption_channels=WIDTH,
+            sample_size=8,
+        ),
+        scheduler=make(scheduler, **config),
+        vae=make(
+            "AutoencoderDC",
+            in_channels=3,
+            latent_channels=4,
+            attention_head_dim=2,
+            encoder_block_types=("ResBlock", "EfficientViTBlock"),
+            decoder_block_types=("ResBlock", "EfficientViTBlock"),
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_qkv_multiscales=((), (5,)),
+            decoder_qkv_multiscales=((), (5,)),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            downsample_block_type="conv",
+            upsample_block_type="interpolate",
+            decoder_norm_types="rms_norm",
+            decoder_act_fns="silu",
+            scaling_factor=0.41,
+        ),
+    )
 
 
 def sana_inputs() -> dict:
@@ -224,31 +212,29 @@ def sana_inputs() -> dict:
     return {**pixart_inputs(), "height": 32, "width": 32}
 
 
+@seeded()
 def lumina2(scheduler: str, **config):
     """Lumina2Pipeline: the conditional and the unconditional branch are two calls."""
-    with seeded():
-        return assemble(
-            "Lumina2Pipeline",
-            transformer=make(
-                "Lumina2Transformer2DModel",
-                sample_size=8,
-                patch_size=2,
-                in_channels=4,
-                hidden_size=24,
-                num_layers=2,
-                num_refiner_layers=1,
-                num_attention_heads=3,
-                num_kv_heads=1,
-                multiple_of=16,
-                axes_dim_rope=(4, 2, 2),
-                axes_lens=(128, 128, 128),
-                cap_feat_dim=WIDTH,
-            ),
-            scheduler=make(scheduler, **config),
-            vae=image_vae(shift_factor=0.06),
-            text_encoder=None,
-            tokenizer=None,
-        )
+    return assemble(
+        "Lumina2Pipeline",
+        transformer=make(
+            "Lumina2Transformer2DModel",
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            hidden_size=24,
+            num_layers=2,
+            num_refiner_layers=1,
+            num_attention_heads=3,
+            num_kv_heads=1,
+            multiple_of=16,
+            axes_dim_rope=(4, 2, 2),
+            axes_lens=(128, 128, 128),
+            cap_feat_dim=WIDTH,
+        ),
+        scheduler=make(scheduler, **config),
+        vae=image_vae(shift_factor=0.06),
+    )
 
 
 def lumina2_inputs() -> dict:
@@ -256,30 +242,28 @@ def lumina2_inputs() -> dict:
     return masked(guidance_scale=4.0, height=64, width=64)
 
 
+@seeded()
 def auraflow(scheduler: str, **config):
     """AuraFlowPipeline."""
-    with seeded():
-        return assemble(
-            "AuraFlowPipeline",
-            transformer=make(
-                "AuraFlowTransformer2DModel",
-                sample_size=8,
-                patch_size=2,
-                in_channels=4,
-                out_channels=4,
-                num_mmdit_layers=1,
-                num_single_dit_layers=1,
-                attention_head_dim=8,
-                num_attention_heads=4,
-                joint_attention_dim=WIDTH,
-                caption_projection_dim=32,
-                pos_embed_max_size=64,
-            ),
-            scheduler=make(scheduler, **config),
-            vae=image_vae(),
-            text_encoder=None,
-            tokenizer=None,
-        )
+    return assemble(
+        "AuraFlowPipeline",
+        transformer=make(
+            "AuraFlowTransformer2DModel",
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=WIDTH,
+            caption_projection_dim=32,
+            pos_embed_max_size=64,
+        ),
+        scheduler=make(scheduler, **config),
+        vae=image_vae(),
+    )
 
 
 def auraflow_inputs() -> dict:
@@ -287,30 +271,28 @@ def auraflow_inputs() -> dict:
     return masked(guidance_scale=3.5)
 
 
+@seeded()
 def chroma(scheduler: str, **config):
     """ChromaPipeline: Flux without pooled text, the two branches evaluated one after the other."""
-    with seeded():
-        return assemble(
-            "ChromaPipeline",
-            transformer=make(
-                "ChromaTransformer2DModel",
-                patch_size=1,
-                in_channels=16,
-                num_layers=1,
-                num_single_layers=1,
-                attention_head_dim=16,
-                num_attention_heads=2,
-                joint_attention_dim=WIDTH,
-                axes_dims_rope=(4, 4, 8),
-                approximator_num_channels=8,
-                approximator_hidden_dim=16,
-                approximator_layers=1,
-            ),
-            scheduler=make(scheduler, **config),
-            vae=image_vae(shift_factor=0.06, scaling_factor=1.5),
-            text_encoder=None,
-            tokenizer=None,
-        )
+    return assemble(
+        "ChromaPipeline",
+        transformer=make(
+            "ChromaTransformer2DModel",
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            axes_dims_rope=(4, 4, 8),
+            approximator_num_channels=8,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        ),
+        scheduler=make(scheduler, **config),
+        vae=image_vae(shift_factor=0.06, scaling_factor=1.5),
+    )
 
 
 def chroma_inputs() -> dict:
@@ -321,29 +303,27 @@ def chroma_inputs() -> dict:
     return inputs
 
 
+@seeded()
 def cogview4(scheduler: str, **config):
     """CogView4Pipeline: the two branches are two calls, the latents four-dimensional."""
-    with seeded():
-        return assemble(
-            "CogView4Pipeline",
-            transformer=make(
-                "CogView4Transformer2DModel",
-                patch_size=2,
-                in_channels=4,
-                out_channels=4,
-                num_layers=2,
-                attention_head_dim=8,
-                num_attention_heads=2,
-                text_embed_dim=WIDTH,
-                time_embed_dim=8,
-                condition_dim=4,
-                rope_axes_dim=(8, 8),
-            ),
-            scheduler=make(scheduler, **config),
-            vae=image_vae(),
-            text_encoder=None,
-            tokenizer=None,
-        )
+    return assemble(
+        "CogView4Pipeline",
+        transformer=make(
+            "CogView4Transformer2DModel",
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            text_embed_dim=WIDTH,
+            time_embed_dim=8,
+            condition_dim=4,
+            rope_axes_dim=(8, 8),
+        ),
+        scheduler=make(scheduler, **config),
+        vae=image_vae(),
+    )
 
 
 def cogview4_inputs() -> dict:
@@ -351,25 +331,25 @@ def cogview4_inputs() -> dict:
     return guided(guidance_scale=4.0)
 
 
+@seeded()
 def dit(scheduler: str, **config):
     """DiTPipeline, class-conditional; the latent itself is carried twice through the loop."""
-    with seeded():
-        return assemble(
-            "DiTPipeline",
-            transformer=make(
-                "DiTTransformer2DModel",
-                sample_size=8,
-                num_layers=2,
-                patch_size=2,
-                attention_head_dim=8,
-                num_attention_heads=2,
-                in_channels=4,
-                out_channels=8,
-                num_embeds_ada_norm=1000,
-            ),
-            scheduler=make(scheduler, **config),
-            vae=image_vae(),
-        )
+    return assemble(
+        "DiTPipeline",
+        transformer=make(
+            "DiTTransformer2DModel",
+            sample_size=8,
+            num_layers=2,
+            patch_size=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            in_channels=4,
+            out_channels=8,
+            num_embeds_ada_norm=1000,
+        ),
+        scheduler=make(scheduler, **config),
+        vae=image_vae(),
+    )
 
 
 def dit_inputs() -> dict:

@@ -23,6 +23,7 @@ _CROSS = {
 }
 
 
+@seeded()
 def sd15(
     scheduler: str,
     pipeline: str = "StableDiffusionPipeline",
@@ -35,28 +36,20 @@ def sd15(
 
     `guidance_width` embeds the guidance scale into the U-Net, as consistency distillation does.
     """
-    with seeded():
-        extra = {"controlnet": _controlnet()} if controlnet else {}
-        return assemble(
-            pipeline,
-            vae=image_vae(),
-            text_encoder=None,
-            tokenizer=None,
-            unet=make(
-                "UNet2DConditionModel",
-                in_channels=4,
-                out_channels=4,
-                cross_attention_dim=WIDTH,
-                time_cond_proj_dim=guidance_width,
-                **_BLOCKS,
-                **_CROSS,
-            ),
-            scheduler=make(scheduler, **{**SD_SCHEDULE, **config}),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            **extra,
-        )
+    extra = {"controlnet": _controlnet()} if controlnet else {}
+    return assemble(
+        pipeline,
+        vae=image_vae(),
+        unet=_unet(time_cond_proj_dim=guidance_width),
+        scheduler=make(scheduler, **{**SD_SCHEDULE, **config}),
+        requires_safety_checker=False,
+        **extra,
+    )
+
+
+def _unet(**more):
+    parts = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": WIDTH}
+    return make("UNet2DConditionModel", **parts, **_BLOCKS, **_CROSS, **more)
 
 
 def _controlnet():
@@ -104,31 +97,21 @@ def controlnet_inputs() -> dict:
     return {**sized_inputs(), "image": picture(5, 1, 3, SIZE, SIZE)}
 
 
+@seeded()
 def sdxl(scheduler: str, **config):
     """StableDiffusionXLPipeline; time ids and pooled text enter through the added embedding."""
-    with seeded():
-        return assemble(
-            "StableDiffusionXLPipeline",
-            vae=image_vae(),
-            text_encoder=None,
-            text_encoder_2=None,
-            tokenizer=None,
-            tokenizer_2=None,
-            unet=make(
-                "UNet2DConditionModel",
-                in_channels=4,
-                out_channels=4,
-                cross_attention_dim=WIDTH,
-                addition_embed_type="text_time",
-                addition_time_embed_dim=4,
-                # Six time ids of width 4 and the pooled text.
-                projection_class_embeddings_input_dim=6 * 4 + WIDTH,
-                **_BLOCKS,
-                **_CROSS,
-            ),
-            scheduler=make(scheduler, **{**SD_SCHEDULE, **config}),
-            add_watermarker=False,
-        )
+    return assemble(
+        "StableDiffusionXLPipeline",
+        vae=image_vae(),
+        unet=_unet(
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            # Six time ids of width 4 and the pooled text.
+            projection_class_embeddings_input_dim=6 * 4 + WIDTH,
+        ),
+        scheduler=make(scheduler, **{**SD_SCHEDULE, **config}),
+        add_watermarker=False,
+    )
 
 
 def sdxl_inputs() -> dict:
@@ -152,39 +135,39 @@ def distilled_inputs() -> dict:
     return inputs
 
 
+@seeded()
 def kandinsky(scheduler: str, **config):
     """KandinskyV22Pipeline; its predictions carry a learned variance into the scheduler."""
-    with seeded():
-        return assemble(
-            "KandinskyV22Pipeline",
-            unet=make(
-                "UNet2DConditionModel",
-                in_channels=4,
-                out_channels=8,
-                addition_embed_type="image",
-                down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-                up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-                mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-                encoder_hid_dim=WIDTH,
-                encoder_hid_dim_type="image_proj",
-                cross_attention_dim=WIDTH,
-                resnet_time_scale_shift="scale_shift",
-                **_BLOCKS,
-            ),
-            scheduler=make(scheduler, **config),
-            movq=make(
-                "VQModel",
-                down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
-                up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
-                # The spatial norm has 32 groups built in.
-                block_out_channels=(32, 64),
-                latent_channels=4,
-                norm_num_groups=8,
-                norm_type="spatial",
-                num_vq_embeddings=12,
-                vq_embed_dim=4,
-            ),
-        )
+    return assemble(
+        "KandinskyV22Pipeline",
+        unet=make(
+            "UNet2DConditionModel",
+            in_channels=4,
+            out_channels=8,
+            addition_embed_type="image",
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            encoder_hid_dim=WIDTH,
+            encoder_hid_dim_type="image_proj",
+            cross_attention_dim=WIDTH,
+            resnet_time_scale_shift="scale_shift",
+            **_BLOCKS,
+        ),
+        scheduler=make(scheduler, **config),
+        movq=make(
+            "VQModel",
+            down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+            up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+            # The spatial norm has 32 groups built in.
+            block_out_channels=(32, 64),
+            latent_channels=4,
+            norm_num_groups=8,
+            norm_type="spatial",
+            num_vq_embeddings=12,
+            vq_embed_dim=4,
+        ),
+    )
 
 
 def kandinsky_inputs() -> dict:
@@ -199,19 +182,19 @@ def kandinsky_inputs() -> dict:
     }
 
 
+@seeded()
 def pixels(scheduler: str, pipeline: str, **config):
     """A pipeline that denoises pixels without condition: DDIMPipeline, ConsistencyModelPipeline."""
-    with seeded():
-        return assemble(
-            pipeline,
-            unet=make(
-                "UNet2DModel",
-                down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-                **_BLOCKS,
-            ),
-            scheduler=make(scheduler, **config),
-        )
+    return assemble(
+        pipeline,
+        unet=make(
+            "UNet2DModel",
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            **_BLOCKS,
+        ),
+        scheduler=make(scheduler, **config),
+    )
 
 
 def pixel_inputs(**more) -> dict:
