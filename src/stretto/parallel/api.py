@@ -26,11 +26,14 @@ if TYPE_CHECKING:
 class Parallelized:
     """A model under a plan. Leaving the `with` block, or `undo()`, restores it.
 
-    `bound` names the modules whose attention runs over the mesh.
+    `bound` names the modules whose attention runs over `mesh`.
     """
 
-    def __init__(self, model: nn.Module, stack: contextlib.ExitStack, bound: Sequence[str]):
+    def __init__(
+        self, model: nn.Module, mesh: Mesh, stack: contextlib.ExitStack, bound: Sequence[str]
+    ):
         self.model = model
+        self.mesh = mesh
         self.bound = tuple(bound)
         self._stack = stack
 
@@ -53,8 +56,8 @@ def parallelize(
     Takes models of transformers (inputs from `stretto.shard`), transformers of diffusers with a
     `_cp_plan` (whole inputs and outputs, split and gathered inside), and torch modules that hold
     `Attention` modules or call torch SDPA. Results, losses summed over ranks and gradients summed
-    over ranks equal those of one device. `check` runs a few short forward passes of a model of
-    transformers that find mixing outside attention and ignored positions.
+    over ranks equal those of one device. `check` False skips what finds mixing outside attention
+    and ignored positions: for models of transformers a few short forward passes.
 
     Returns a handle that is a context manager and has `undo()`. Raises PlanMismatch when plan and
     mesh differ, UnsupportedModel, naming the module and the reason, for what would not be exact.
@@ -68,7 +71,7 @@ def parallelize(
     binding = Binding(mesh, context)
     with contextlib.ExitStack() as stack:
         names = _bind(model, binding, stack, check)
-        return Parallelized(model, stack.pop_all(), names)
+        return Parallelized(model, mesh, stack.pop_all(), names)
 
 
 def _context(plan: Plan | Context) -> Context:
@@ -90,7 +93,7 @@ def _bind(
     if causal_lm.is_model(model):
         return _bind_language_model(model, binding, stack, check)
     if denoisers.is_model(model):
-        return stack.enter_context(denoisers.bound(model, binding))
+        return denoisers.bind(model, binding, stack, check=check)
     explicit = [name for name, part in model.named_modules() if isinstance(part, Attention)]
     calling = sdpa.callers(model)
     calling = [name for name in calling if name not in explicit]

@@ -137,8 +137,8 @@ def _step(model, inputs: dict, targets: torch.Tensor, count: torch.Tensor) -> _O
         if parameter.grad is not None
     }
     loss = getattr(out, "loss", None)
-    own = None if loss is None else float(loss)
-    return _Outcome(own, out.logits.detach(), gradients, float(total))
+    own = None if loss is None else float(loss.detach())
+    return _Outcome(own, out.logits.detach(), gradients, float(total.detach()))
 
 
 def _compared(family: str, mesh: Mesh, plan: Context, found: _Outcome, right: _Outcome) -> Verdict:

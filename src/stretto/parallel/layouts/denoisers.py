@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,19 @@ from stretto.plan.ranges import shard
 
 TEXT = "encoder_hidden_states"
 
+#: Classes whose plans were compared with one rank, forward and gradients. Others may leave tokens
+#: of a second kind whole on every rank, whose gradients would then be counted several times.
+COMPARED = frozenset(
+    {
+        "ChronoEditTransformer3DModel",
+        "Flux2Transformer2DModel",
+        "FluxTransformer2DModel",
+        "LTXVideoTransformer3DModel",
+        "QwenImageTransformer2DModel",
+        "WanTransformer3DModel",
+    }
+)
+
 
 def is_model(model: nn.Module) -> bool:
     """Whether this is a model of diffusers; asks without importing the library."""
@@ -34,16 +47,24 @@ def is_model(model: nn.Module) -> bool:
     )
 
 
-def bind(model: nn.Module, binding: Binding, stack: contextlib.ExitStack) -> list[str]:
+def bind(
+    model: nn.Module, binding: Binding, stack: contextlib.ExitStack, *, check: bool
+) -> list[str]:
     """Hook the model as its plan says; names of the bound attention modules.
 
-    Raises UnsupportedModel without a plan, and for mixing modules inside the repeated blocks.
+    Raises UnsupportedModel without a plan, for a class that was never compared with one rank (if
+    `check`), and for mixing modules inside the repeated blocks.
     """
-    plan = getattr(model, "_cp_plan", None)
+    name, plan = type(model).__name__, getattr(model, "_cp_plan", None)
     if not plan:
         raise UnsupportedModel(
-            f"{type(model).__name__} has no _cp_plan\n  why: nothing says which of its tensors "
-            "are tokens, and where they may be cut"
+            f"{name} has no _cp_plan\n  why: nothing says which of its tensors are tokens, and "
+            "where they may be cut"
+        )
+    if check and name not in COMPARED:
+        raise UnsupportedModel(
+            f"{name}: its _cp_plan was never compared with one rank; compared are "
+            f"{', '.join(sorted(COMPARED))}\n  to fix: compare it, then pass check=False"
         )
     blocks = [part for part in model.children() if isinstance(part, nn.ModuleList)]
     for part in blocks:
@@ -175,10 +196,3 @@ def _text_keys(part: nn.Module) -> Callable[[tuple, dict], bool]:
         return place is not None and place < len(args) and args[place] is not None
 
     return whole
-
-
-@contextlib.contextmanager
-def bound(model: nn.Module, binding: Binding) -> Iterator[list[str]]:
-    """Hooks and scopes on the model; afterwards everything is as before."""
-    with contextlib.ExitStack() as stack:
-        yield bind(model, binding, stack)
