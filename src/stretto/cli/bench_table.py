@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,23 @@ from rich.text import Text
 def show(result: dict[str, Any], out: Path) -> None:
     """The tables of a result by its case, what stands behind them, and where the file is."""
     console = Console(highlight=False)
-    lines = (
-        _exactness(result, console) if result["case"] == "exactness" else _steps(result, console)
-    )
+    lines = _tables(result["case"])(result, console)
     load, cores = result["load"], result["cores"]
     lines.append(f"load average {load['before']:.1f} before, {load['after']:.1f} after")
-    if result["busy"] and result["case"] != "exactness":
+    if result["busy"] and result["case"] not in ("exactness", "attention"):
         lines.append(f"other work kept these {cores} cores busy: do not quote the times")
     for line in lines:
         console.print(Text(line, style="dim"))
     console.print(Text(f"written: {out}"))
+
+
+def _tables(case: str) -> Callable[[dict[str, Any], Console], list[str]]:
+    """What prints the tables of a case."""
+    if case == "attention":
+        from stretto.cli.attention_table import show_attention
+
+        return show_attention
+    return _exactness if case == "exactness" else _steps
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
