@@ -46,7 +46,8 @@ def test_one_ranks_reason_ends_the_waits_of_all(watches):
     first, second = watches(0), watches(1)
     ended = seen(second)
     first.abort("attention: bad shard")
-    assert ended.wait(10)
+    with second.waiting(COLUMN):
+        assert ended.wait(10)
     with pytest.raises(RankLost, match=r"rank 1 cannot go on, lost: rank 0 .*attention: bad shard"):
         second.check("rank 1")
 
@@ -57,6 +58,13 @@ def test_the_first_reason_stands(watches):
     second.abort("what followed")
     assert "the cause" in second.reason()
     assert "the cause" in first.reason()
+
+
+def test_a_rank_at_work_leaves_the_store_alone(watches):
+    first, second = watches(0), watches(1)
+    first.abort("attention: bad shard")
+    assert not seen(second).wait(0.1)
+    second.check("rank 1")
 
 
 def test_waits_end_once(watches):
