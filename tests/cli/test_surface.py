@@ -5,6 +5,7 @@ from stretto.cli.app import COMMANDS, build
 SURFACE = {
     "bench attention": {"--json", "--out", "--quick", "-o"},
     "bench exactness": {"--json", "--only", "--out", "--ranks", "-o"},
+    "bench families": {"--json", "--only", "--out", "--ranks", "-o"},
     "bench steps": {"--json", "--out", "--quick", "--repeats", "-o"},
     "doctor": {"--json"},
     "explain": {

@@ -27,7 +27,7 @@ Say = Callable[[str, int, int], None]
 
 VERDICTS = ("equal", "refused", "not built", "wrong", "failed")
 #: Longest silence between two ranks of one family, and the longest walk.
-_WAIT_S, _WALK_S = 60.0, 3600.0
+_WAIT_S, _WALK_S = 120.0, 3600.0
 _POLL_S = 2.0
 
 

@@ -127,6 +127,45 @@ def bench_attention(
     return 1 if result["summary"]["wrong"] else 0
 
 
+@app.command(name="families")
+def bench_families(
+    *,
+    only: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    ranks: Annotated[int, Parameter(validator=validators.Number(gte=2, lte=8))] = 2,
+    out: _Out = Path("families.json"),
+    json: bool = False,
+) -> int:
+    """Compare every causal-LM family of the installed transformers on ranks with itself on one.
+
+    Loss, logits and gradients of tiny random models. Takes about four minutes on two cores; the
+    file grows every few seconds, and "complete" in it says whether all was run. Exit code 1 if a
+    family is neither equal nor refused.
+
+    Parameters
+    ----------
+    only
+        Names of families (model types), all by default.
+    ranks
+        Processes that share the sequence.
+    out
+        Where the result is written.
+    json
+        Print the result as JSON.
+    """
+    from stretto.bench import families
+    from stretto.bench.result import write
+
+    def keep(found: dict[str, Any]) -> None:
+        # A disk that is full for a moment ends no measurement; the last write raises.
+        with contextlib.suppress(ConfigError):
+            write(out, found)
+
+    with _measuring(out, json) as say:
+        result = families.run(only or (), ranks=ranks, say=say, keep=keep)
+    _finish(result, out, json)
+    return 1 if result["summary"]["wrong"] or result["summary"]["failed"] else 0
+
+
 @contextlib.contextmanager
 def _measuring(out: Path, quiet: bool) -> Iterator[Any]:
     """Progress on the terminal; a file that cannot be written is refused first."""

@@ -18,7 +18,7 @@ def show(result: dict[str, Any], out: Path) -> None:
     lines = _tables(result["case"])(result, console)
     load, cores = result["load"], result["cores"]
     lines.append(f"load average {load['before']:.1f} before, {load['after']:.1f} after")
-    if result["busy"] and result["case"] not in ("exactness", "attention"):
+    if result["busy"] and result["case"] not in ("exactness", "attention", "families"):
         lines.append(f"other work kept these {cores} cores busy: do not quote the times")
     for line in lines:
         console.print(Text(line, style="dim"))
@@ -31,6 +31,10 @@ def _tables(case: str) -> Callable[[dict[str, Any], Console], list[str]]:
         from stretto.cli.attention_table import show_attention
 
         return show_attention
+    if case == "families":
+        from stretto.cli.families_table import show_families
+
+        return show_families
     return _exactness if case == "exactness" else _steps
 
 
