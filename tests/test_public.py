@@ -28,7 +28,9 @@ def test_names_are_frozen():
         "explain",
         "find_plans",
         "init_mesh",
+        "parallelize",
         "parallelized",
+        "shard",
         "testing",
     }
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from stretto.diffusion.api import parallelized
     from stretto.mesh.mesh import Mesh, init_mesh
     from stretto.ops.attention.dist import attention
+    from stretto.parallel.api import parallelize
+    from stretto.parallel.batch import shard
     from stretto.plan.context import Context
     from stretto.plan.model import Plan
     from stretto.plan.options import Data, Guidance, Steps
@@ -39,7 +41,9 @@ __all__ = [
     "explain",
     "find_plans",
     "init_mesh",
+    "parallelize",
     "parallelized",
+    "shard",
     "testing",
 ]
 
@@ -59,7 +63,9 @@ _HOMES = {
     "explain": "stretto.search.judge",
     "find_plans": "stretto.search.space",
     "init_mesh": "stretto.mesh.mesh",
+    "parallelize": "stretto.parallel.api",
     "parallelized": "stretto.diffusion.api",
+    "shard": "stretto.parallel.batch",
 }
 
 

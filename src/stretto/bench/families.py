@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +150,8 @@ def _fill(found: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _facts() -> dict[str, Any]:
-    import transformers
-
     return {
-        "library": f"transformers {transformers.__version__}",
+        "library": f"transformers {metadata.version('transformers')}",
         "tokens": support.TOKENS,
         "tolerance": support.EQUAL,
     }
