@@ -36,6 +36,7 @@ class ProcessMesh(Mesh):
         super().__init__(sizes, dist.get_rank(), device, **kwargs)
         self._store = store
         self._groups: dict[tuple, dist.ProcessGroup] = {}
+        self._is_nccl = self.device.type == "cuda" and "nccl" in dist.get_backend_config()
         self.watch = Watch(self.world_rank, store, self.timeout_s, self._late)
         for axis in (None, *(a for a, size in self.sizes.items() if size > 1)):
             self._group(axis)
@@ -120,10 +121,6 @@ class ProcessMesh(Mesh):
             self.watch.enders.append(lambda: end_waits(group))
         return self._groups[key]
 
-    @property
-    def _is_nccl(self) -> bool:
-        return self.device.type == "cuda" and "nccl" in dist.get_backend_config()
-
     # ---- messages ----------------------------------------------------------------------------
 
     def _messages(self, sends, receives, what: Await, group) -> Pending[dict[int, torch.Tensor]]:
@@ -202,6 +199,7 @@ class ProcessMesh(Mesh):
         def finish():
             self.check()
             join()
+            self.check()
             _ = held
             return result()
 

@@ -15,7 +15,7 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -65,6 +65,9 @@ class Board(Protocol):
 
     def wait(self, peer: int, pad: int) -> None:
         """Until the peer's signal is set on this rank's pad; clears it."""
+
+    def release(self) -> None:
+        """Answer this rank's own waits until its streams are empty: the mesh is lost."""
 
 
 class Mailboxes:
@@ -200,7 +203,7 @@ class DeviceBoard:
         self._handle.wait_signal(peer, pad)
 
     def release(self) -> None:
-        """Answer this rank's waiting kernels until their streams are empty: the mesh is lost."""
+        # What arrives is garbage, and nobody gets it: `check` comes before any result.
         deadline = time.monotonic() + _RELEASE_S
         with torch.cuda.stream(self._rescue):
             while time.monotonic() < deadline and not all(lane.query() for lane in self._lanes):
@@ -230,18 +233,25 @@ class SymmetricMesh(ProcessMesh):
     """
 
     def __init__(
-        self, sizes: Mapping[str, int], device: torch.device | str, store: dist.Store, **kwargs
+        self,
+        sizes: Mapping[str, int],
+        device: torch.device | str,
+        store: dist.Store,
+        *,
+        board: Callable[[torch.device, dist.ProcessGroup, int], Board] = DeviceBoard,
+        **kwargs,
     ):
         super().__init__(sizes, device, store, **kwargs)
         self._mail: Mailboxes | None = None
         if self.world_size > 1:
-            board = DeviceBoard(self.device, self._group(None), slot_bytes_for(self.world_size))
-            self._mail = Mailboxes(board)
-            self.watch.enders.append(board.release)
+            made = board(self.device, self._group(None), slot_bytes_for(self.world_size))
+            self._mail = Mailboxes(made)
+            self.watch.enders.append(made.release)
 
     def _messages(self, sends, receives, what: Await, group):
         out, into, what = self._sorted(sends, receives, what)
-        if self._mail is None or not all(t.is_cuda for _, t in (*out, *into)):
+        ours = all(t.device.type == self.device.type for _, t in (*out, *into))
+        if self._mail is None or not ours:
             return super()._messages(sends, receives, what, group)
         self.check()
         assert what.channel < CHANNELS, f"channel {what.channel} of {CHANNELS}"
