@@ -65,7 +65,7 @@ class Watch:
         self._timeout_s = timeout_s
         self._late = late
         # A client of its own: one that waits would keep the other from looking.
-        self._looking = store.clone()
+        self._looking = store.clone()  # pyrefly: ignore[missing-attribute]
         self._waiting: tuple[Await, float] | None = None
         self._on_device: deque[tuple[Callable[[], bool], Await]] = deque()
         self._head_since = 0.0

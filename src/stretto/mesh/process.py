@@ -272,7 +272,8 @@ def _batched(out, into, group: dist.ProcessGroup) -> list[dist.Work]:
 
 def _one_by_one(out, into, group: dist.ProcessGroup) -> list[dist.Work]:
     works = [dist.irecv(t, rank, group=group) for rank, t in into]
-    return works + [dist.isend(t, rank, group=group) for rank, t in out]
+    works += [dist.isend(t, rank, group=group) for rank, t in out]
+    return [work for work in works if work is not None]
 
 
 def _on_gpu(value: object) -> bool:

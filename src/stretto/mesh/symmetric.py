@@ -191,7 +191,9 @@ class DeviceBoard:
             yield
 
     def mark(self, channel: int) -> DeviceMark:
-        return DeviceMark(self._lanes[channel].record_event(), self.device)
+        event = torch.cuda.Event()
+        event.record(self._lanes[channel])
+        return DeviceMark(event, self.device)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source, non_blocking=True)
