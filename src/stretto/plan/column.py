@@ -1,14 +1,15 @@
 """The column of an attention plan: which rows travel down a ring, or a ring of rings, and back.
 
 A rank at turn x and step y of the walk holds the block of the rank x circles and y places further
-on, so blocks descend. The published ring ascends: the mirror image, with equal bytes, but zigzag
-blocks that descend are needed by fewer ranks at every hop, which pruning makes use of.
+on, so blocks descend. The published ring ascends: the mirror image, with equal bytes. Pruned
+columns go the way that sends less: zigzag blocks that descend are needed by fewer ranks at every
+hop, blocks under a window that ascend meet who sees them at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,9 @@ class Call:
     team_q: tuple[Spans, ...]
     team_kv: tuple[Spans, ...]
     seen: dict[tuple[Spans, Spans], Spans] = field(default_factory=dict)
+    #: What columns found out about themselves, for the next rank that asks.
+    journeys: dict[tuple, dict[tuple[int, int], Spans]] = field(default_factory=dict)
+    ways: dict[int, int] = field(default_factory=dict)
 
     def row_bytes(self, *tensors: str) -> int:
         """Bytes of one row of these tensors on a rank that holds its share of the heads."""
@@ -83,11 +87,11 @@ def call_of(context: Context, case: AttentionCase) -> Call:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A ring, or a ring of rings, down which blocks descend: at turn x and step y the rank at
-    (o, i) holds block (o + x, i + y).
+    """A ring, or a ring of rings: at turn x and step y the rank at (o, i) holds the block of
+    (o + way * x, i + way * y); `way` 1 descends, -1 ascends.
 
-    `queries`, `keys`: rows by flat position o * inner + i. `base`: position on the outer axis of
-    o = 0. One level is `inner` 1.
+    `queries`, `keys`: rows by flat position o * inner + i. `blocks`: their names. `base`: position
+    on the outer axis of o = 0. One level is `inner` 1.
     """
 
     call: Call
@@ -99,9 +103,17 @@ class Column:
     blocks: tuple[int, ...]
     prune: bool
     base: int = 0
+    way: int = 1
 
     def at(self, o: int, i: int) -> int:
         return (o % self.outer) * self.inner + i % self.inner
+
+    def block(self, o: int, i: int, x: int, y: int) -> int:
+        """The block that the rank at (o, i) holds at turn x and step y."""
+        return self.at(o + self.way * x, i + self.way * y)
+
+    def outer_position(self, o: int) -> int:
+        return self.base + o % self.outer
 
     def needs(self, o: int, i: int, block: int) -> Spans:
         """Rows of a block that the rank at (o, i) gives gradients for."""
@@ -111,20 +123,51 @@ class Column:
 
     def node_needs(self, o: int, block: int) -> Spans:
         """Rows of a block that anybody on the inner circle o gives gradients for."""
+        if not self.prune:
+            return self.keys[block]
         return union([self.needs(o, i, block) for i in range(self.inner)])
 
     def held(self, o: int, i: int, x: int, y: int) -> Spans:
         """Rows of its block that the rank at (o, i) holds: those it or a later holder needs."""
-        block = self.at(o + x, i + y)
-        if not self.prune:
-            return self.keys[block]
-        later = [self.needs(o, i + y - step, block) for step in range(y, self.inner)]
-        if y == 0:
-            later += [self.node_needs(o + x - turn, block) for turn in range(x + 1, self.outer)]
-        return union(later)
+        block = self.block(o, i, x, y)
+        return self._journey(block)[x, y] if self.prune else self.keys[block]
 
-    def outer_position(self, o: int) -> int:
-        return self.base + o % self.outer
+    def _journey(self, block: int) -> dict[tuple[int, int], Spans]:
+        """Rows of a block that arrive at every turn and step of its way, from the end back."""
+        key = (self.blocks[block], self.way)
+        if key not in self.call.journeys:
+            held: dict[tuple[int, int], Spans] = {}
+            o, i = divmod(block, self.inner)
+            later = Spans()
+            for x in reversed(range(self.outer)):
+                here = Spans()
+                for y in reversed(range(self.inner)):
+                    needs = self.needs(o - self.way * x, i - self.way * y, block)
+                    here = _both(here, needs)
+                    held[x, y] = here
+                later = held[x, 0] = _both(here, later)
+            self.call.journeys[key] = held
+        return self.call.journeys[key]
+
+    @property
+    def moved_rows(self) -> int:
+        """Rows that all ranks of the column send forward."""
+        journeys = (self._journey(block) for block in range(len(self.keys)))
+        return sum(rows.rows for held in journeys for at, rows in held.items() if at != (0, 0))
+
+    def shorter_way(self) -> Column:
+        """The column as it is, or ascending if pruning then leaves less to send."""
+        if not self.prune:
+            return self
+        ways = self.call.ways
+        if self.blocks[0] not in ways:
+            up = replace(self, way=-1)
+            ways[self.blocks[0]] = -1 if up.moved_rows < self.moved_rows else 1
+        return replace(self, way=ways[self.blocks[0]])
+
+
+def _both(a: Spans, b: Spans) -> Spans:
+    return a if a == b or not b else a | b
 
 
 def visible(call: Call, q: Spans, kv: Spans) -> tuple[Piece, ...]:
@@ -140,11 +183,10 @@ def shift(
     tensors: tuple[str, ...],
     channel: int,
 ) -> Move:
-    """The block held at `step` goes to the next rank down, whole; the next one up comes."""
-    down, up = column.outer_position(here - 1), column.outer_position(here + 1)
-    sends = {down: rows[column.at(here + step, 0)]}
-    receives = {up: rows[column.at(here + 1 + step, 0)]}
-    call = column.call
+    """The block held at `step` goes on, whole; that of the neighbour behind comes."""
+    call, way = column.call, column.way
+    sends = {column.outer_position(here - way): rows[column.block(here, 0, step, 0)]}
+    receives = {column.outer_position(here + way): rows[column.block(here + way, 0, step, 0)]}
     row_bytes = call.gradient_row_bytes if tensors[0] == "dk" else call.row_bytes(*tensors)
     return Move(phase, "shift", column.axes[0], tensors, sends, receives, row_bytes, channel)
 
@@ -174,7 +216,7 @@ def walk(
             if back:
                 give = _ride(column, o, x, ride_phase) if ride else _inner_give(column, o, i, x, y)
             kept = keep[1] if y else keep[0] and x > 0
-            block = column.blocks[column.at(o + x, i + y)]
+            block = column.blocks[column.block(o, i, x, y)]
             steps.append(Step(block, rows, pieces, hop, give, kept))
         hop = None if back and keep[0] else _outer_hop(column, o, i, x, phase)
         give = _outer_give(column, o, i, x) if back and not ride else None
@@ -185,18 +227,18 @@ def walk(
 def _inner_hop(column: Column, o: int, i: int, x: int, y: int, phase: str) -> Move | None:
     if y == column.inner - 1:
         return None
-    n, row_bytes = column.inner, column.call.row_bytes("k", "v")
-    sends = {(i - 1) % n: column.held(o, i - 1, x, y + 1)}
-    receives = {(i + 1) % n: column.held(o, i, x, y + 1)}
+    n, way, row_bytes = column.inner, column.way, column.call.row_bytes("k", "v")
+    sends = {(i - way) % n: column.held(o, i - way, x, y + 1)}
+    receives = {(i + way) % n: column.held(o, i, x, y + 1)}
     return Move(phase, "shift", column.axes[1], ("k", "v"), sends, receives, row_bytes, COLUMN)
 
 
 def _outer_hop(column: Column, o: int, i: int, x: int, phase: str) -> Move | None:
     if x == column.outer - 1:
         return None
-    row_bytes = column.call.row_bytes("k", "v")
-    sends = {column.outer_position(o - 1): column.held(o - 1, i, x + 1, 0)}
-    receives = {column.outer_position(o + 1): column.held(o, i, x + 1, 0)}
+    way, row_bytes = column.way, column.call.row_bytes("k", "v")
+    sends = {column.outer_position(o - way): column.held(o - way, i, x + 1, 0)}
+    receives = {column.outer_position(o + way): column.held(o, i, x + 1, 0)}
     return Move(phase, "shift", column.axes[0], ("k", "v"), sends, receives, row_bytes, COLUMN)
 
 
@@ -204,9 +246,9 @@ def _inner_give(column: Column, o: int, i: int, x: int, y: int) -> Move | None:
     """This step's gradients to the delegate of their owner on this circle, and those of mine."""
     if y == 0:
         return None
-    n, row_bytes = column.inner, column.call.gradient_row_bytes
-    sends = {(i + y) % n: column.needs(o, i, column.at(o + x, i + y))}
-    receives = {(i - y) % n: column.needs(o, i - y, column.at(o + x, i))}
+    n, away, row_bytes = column.inner, column.way * y, column.call.gradient_row_bytes
+    sends = {(i + away) % n: column.needs(o, i, column.block(o, i, x, y))}
+    receives = {(i - away) % n: column.needs(o, i - away, column.block(o, i, x, 0))}
     return Move(
         "back-owner", "reduce", column.axes[1], ("dk", "dv"), sends, receives, row_bytes, GRADIENTS
     )
@@ -216,9 +258,9 @@ def _outer_give(column: Column, o: int, i: int, x: int) -> Move | None:
     """What this circle summed for a block of another circle, to its owner."""
     if x == 0:
         return None
-    row_bytes = column.call.gradient_row_bytes
-    sends = {column.outer_position(o + x): column.node_needs(o, column.at(o + x, i))}
-    receives = {column.outer_position(o - x): column.node_needs(o - x, column.at(o, i))}
+    away, row_bytes = column.way * x, column.call.gradient_row_bytes
+    sends = {column.outer_position(o + away): column.node_needs(o, column.block(o, i, x, 0))}
+    receives = {column.outer_position(o - away): column.node_needs(o - away, column.at(o, i))}
     return Move(
         "back-owner", "reduce", column.axes[0], ("dk", "dv"), sends, receives, row_bytes, GRADIENTS
     )

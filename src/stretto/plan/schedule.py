@@ -255,7 +255,7 @@ class _Tile:
         return Column(call, outer, inner, axes, call.team_q, keys, owners, prune)
 
     def walk(self, phase: str, *, back: bool) -> tuple[Turn, ...]:
-        column = self.column()
+        column = self.column().shorter_way()
         if self.context.schedule.kind == "gather":
             return self._one_shot(column, phase, back=back)
         schedule = self.context.schedule
@@ -270,7 +270,7 @@ class _Tile:
         going = ("q", "dout", "lse", "delta")
         steps = []
         for s in range(n):
-            block = column.at(here + s, 0)
+            block = column.block(here, 0, s, 0)
             rows = column.queries[block]
             hop = None
             if s < n - 1:
