@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -16,10 +16,10 @@ from torch import nn
 from stretto.errors import PlanMismatch, UnsupportedModel
 from stretto.parallel import sdpa
 from stretto.parallel.context import Attention, Binding
+from stretto.plan.context import Context
 
 if TYPE_CHECKING:
     from stretto.mesh.mesh import Mesh
-    from stretto.plan.context import Context
     from stretto.plan.model import Plan
 
 
@@ -75,14 +75,15 @@ def parallelize(
 
 
 def _context(plan: Plan | Context) -> Context:
-    context = getattr(plan, "cp", plan)
-    others = {axis: n for axis, n in plan.sizes.items() if n > 1 and axis not in context.sizes}
-    if {"step", "cfg"} & set(others):
+    if isinstance(plan, Context):
+        return plan
+    others = [axis for axis in ("step", "cfg") if plan.sizes.get(axis, 1) > 1]
+    if others:
         raise PlanMismatch(
             f"parallelize splits the sequence, the plan also has {', '.join(others)}: those belong "
             "to pipelines, see stretto.parallelized"
         )
-    return context
+    return plan.cp
 
 
 def _bind(
@@ -94,9 +95,8 @@ def _bind(
         return _bind_language_model(model, binding, stack, check)
     if denoisers.is_model(model):
         return denoisers.bind(model, binding, stack, check=check)
-    explicit = [name for name, part in model.named_modules() if isinstance(part, Attention)]
-    calling = sdpa.callers(model)
-    calling = [name for name in calling if name not in explicit]
+    explicit = {name: part for name, part in model.named_modules() if isinstance(part, Attention)}
+    calling = [name for name in sdpa.callers(model) if name not in explicit]
     if not explicit and not calling:
         raise UnsupportedModel(
             f"{type(model).__name__} holds no attention that is known here: neither stretto's "
@@ -104,7 +104,7 @@ def _bind(
         )
     if check:
         sdpa.check(model)
-    _bind_explicit(model, explicit, binding, stack)
+    _bind_explicit(explicit, binding, stack)
     for name in calling:
         part = model.get_submodule(name)
         stack.enter_context(sdpa.scoped(part, name, binding, lambda args, kwargs: False))
@@ -112,18 +112,16 @@ def _bind(
 
 
 def _bind_explicit(
-    model: nn.Module, names: Sequence[str], binding: Binding, stack: contextlib.ExitStack
+    parts: Mapping[str, Attention], binding: Binding, stack: contextlib.ExitStack
 ) -> None:
-    parts = [model.get_submodule(name) for name in names]
-    taken = [name for name, part in zip(names, parts, strict=True) if part.mesh is not None]
-    if taken:
-        raise UnsupportedModel(
-            f"{taken[0]} is bound to a plan already\n  to fix: undo that one first"
-        )
-    for part in parts:
+    for name, part in parts.items():
+        if part.mesh is not None:
+            raise UnsupportedModel(
+                f"{name} is bound to a plan already\n  to fix: undo that one first"
+            )
+    for part in parts.values():
         part.mesh, part.plan = binding.mesh, binding.plan
-        stack.callback(setattr, part, "mesh", None)
-        stack.callback(setattr, part, "plan", None)
+        stack.callback(part.release)
 
 
 def _bind_language_model(
@@ -137,7 +135,7 @@ def _bind_language_model(
     stack.enter_context(causal_lm.bound(model, binding))
     found = probe.examine(model, binding) if check else probe.Findings()
     signature = inspect.signature(model.forward)
-    entrance = Entrance(binding, signature, found.origin, found.chunked, found.sums_loss)
+    entrance = Entrance(binding, signature, found.origin, found.sums_loss)
     handle = model.register_forward_pre_hook(entrance, with_kwargs=True)
     stack.callback(handle.remove)
     return [name for name, part in model.named_modules() if causal_lm.SEAT in part.__dict__]

@@ -57,9 +57,9 @@ class Binding:
     """What `parallelize` leaves on a model's attention modules: where they run and how.
 
     `causal`: how an `auto` layout is decided. `call`: what this call of the model said about
-    itself, filled by the hook at its entrance. `cross`: keys of another length are shards too.
-    `watch`: while the model is being examined, what
-    takes the place of attention.
+    itself, filled by the hook at its entrance: `documents`, and `tokens` of all ranks. `cross`:
+    keys of another length are shards too. `watch`: while the model is being examined, what takes
+    the place of attention.
     """
 
     mesh: Mesh
@@ -89,6 +89,7 @@ class Binding:
             q_BHTD, k_BGSD, v_BGSE = (
                 functional.pad(x, (0, max(dims) - x.shape[-1])) for x in (q_BHTD, k_BGSD, v_BGSE)
             )
+        mask.setdefault("tokens", self.call.get("tokens"))
         out = attention(q_BHTD, k_BGSD, v_BGSE, mesh=self.mesh, plan=plan, **mask)
         return out[..., : dims[1]]
 
@@ -117,7 +118,8 @@ class Binding:
                 )
             layout = "contiguous"
         plan = replace(self.plan, layout=layout)
-        return self.attend(q_BHTD, k_BGSD, v_BGSE, plan=plan, scale=scale)
+        tokens = sum(q_rows), sum(k_rows)
+        return self.attend(q_BHTD, k_BGSD, v_BGSE, plan=plan, tokens=tokens, scale=scale)
 
 
 class Attention(nn.Module):
@@ -158,7 +160,7 @@ class Attention(nn.Module):
                 k_BGSD,
                 v_BGSD,
                 mesh=self.mesh,
-                plan=settled(self.plan, causal=causal, documents=documents),
+                plan=settled(self.plan or Context(), causal=causal, documents=documents),
                 causal=causal,
                 window=window,
                 documents=documents,
@@ -175,6 +177,10 @@ class Attention(nn.Module):
             q_offset=q_offset,
             scale=scale,
         )
+
+    def release(self) -> None:
+        """Back to one rank."""
+        self.mesh = self.plan = None
 
     def extra_repr(self) -> str:
         return "" if self.mesh is None else f"rank {self.mesh.world_rank} of {self.plan}"

@@ -45,13 +45,11 @@ FAILURES = (TypeError, AttributeError, ValueError, KeyError, IndexError, Runtime
 class Findings:
     """What the model's entrance must know.
 
-    `origin`: the number of the first position. `chunked`: whether a layer's mask has chunks, whose
-    number depends on the whole length. `sums_loss`: whether its loss over shards, given
+    `origin`: the number of the first position. `sums_loss`: whether its loss over shards, given
     `shift_labels` and `num_items_in_batch`, adds up.
     """
 
     origin: int = 0
-    chunked: bool = False
     sums_loss: bool = False
 
 
@@ -60,9 +58,8 @@ class Watch:
     """Stands in for attention: every token sees itself only; remembers what it was given."""
 
     calls: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
-    chunked: bool = False
 
-    def attend(self, module, query, key, value, seen, scaling) -> torch.Tensor:
+    def attend(self, module, query, key, value) -> torch.Tensor:
         """A softmax over one key is 1: the output is the token's own value, per query head."""
         if query.shape[2] != key.shape[2]:
             raise UnsupportedModel(
@@ -70,7 +67,6 @@ class Watch:
                 "another sequence, which no plan has split"
             )
         self.calls.append((query, key, value))
-        self.chunked |= seen.chunk is not None
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1)
 
 
@@ -115,7 +111,7 @@ def examine(model: nn.Module, binding: Binding) -> Findings:
             whole = _run(model, watch, ids, range(origin, origin + TOKENS))
         _check_positions(model, watch, ids, whole, origin)
         sums = "labels" in known and _loss_adds_up(model, watch, ids, origin)
-        return Findings(origin, watch.chunked, sums)
+        return Findings(origin, sums)
 
 
 @contextlib.contextmanager

@@ -253,7 +253,7 @@ def _keep_head_ratio(chosen: dict[str, Any], values: dict[str, Any]) -> None:
     """Full and single key heads stay what they are."""
     heads = values.get("num_attention_heads")
     kv_heads = values.get("num_key_value_heads")
-    if "num_key_value_heads" in chosen and heads:
+    if "num_key_value_heads" in chosen and heads and kv_heads:
         chosen["num_key_value_heads"] = HEADS if kv_heads == heads else min(kv_heads, KV_HEADS)
 
 

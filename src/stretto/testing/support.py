@@ -156,9 +156,9 @@ def _compared(family: str, mesh: Mesh, plan: Context, found: _Outcome, right: _O
     floor = ZERO * max(right.gradients[name].abs().max().item() for name in names)
     pairs = zip(sums[:-2].split(sizes), names, strict=True)
     gradient = max(_relative(part, right.gradients[name].flatten(), floor) for part, name in pairs)
-    own = found.loss is not None
+    own = found.loss is not None and right.loss is not None
     told, wanted = (sums[-2], right.loss) if own else (sums[-1], right.total)
-    loss = abs(float(told) - wanted) / abs(wanted)
+    loss = abs(float(told) - (wanted or 0.0)) / abs(right.total)
     equal = max(logits, gradient) <= EQUAL and loss <= EQUAL_LOSS
     return Verdict(
         family=family,

@@ -81,7 +81,7 @@ def attend(
     _refuse(module, dropout, options)
     documents = _documents(binding, options)
     if binding is not None and binding.watch is not None:
-        out = binding.watch.attend(module, query_BHTD, key_BGTD, value_BGTD, seen, scaling)
+        out = binding.watch.attend(module, query_BHTD, key_BGTD, value_BGTD)
     elif binding is None:
         tokens = key_BGTD.shape[2]
         mask = {"documents": documents or seen.documents(tokens), "scale": scaling}

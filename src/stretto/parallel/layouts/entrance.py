@@ -33,7 +33,6 @@ class Entrance:
     binding: Binding
     signature: inspect.Signature
     origin: int
-    chunked: bool
     sums_loss: bool
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -94,10 +93,9 @@ class Entrance:
         return positions + self.origin if self.origin else positions
 
     def _note(self, named: dict[str, Any]) -> None:
-        call: dict[str, Any] = {"documents": named.get("documents")}
-        if self.chunked:
-            mesh = self.binding.mesh
-            rows = torch.tensor([named["position_ids"].shape[-1]], device=mesh.device)
-            shares = mesh.all_gather(rows, "cp", "control").wait()
-            call["tokens"] = sum(int(share) for share in shares)
-        self.binding.call = call
+        """What the layers of this call share; one small message instead of one per layer."""
+        mesh = self.binding.mesh
+        rows = torch.tensor([named["position_ids"].shape[-1]], device=mesh.device)
+        shares = mesh.all_gather(rows, "cp", "control").wait()
+        tokens = sum(int(share) for share in shares)
+        self.binding.call = {"documents": named.get("documents"), "tokens": tokens}

@@ -9,7 +9,7 @@ Source: transformers 5.24, `masking_utils.py`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,18 +104,18 @@ def _rules(function: Callable) -> Iterator[Rule]:
     yield from read(inspect.getclosurevars(function).nonlocals)
 
 
-def _both(parts: dict[str, Any]) -> Iterator[Rule]:
+def _both(parts: Mapping[str, Any]) -> Iterator[Rule]:
     for function in parts["mask_functions"]:
         yield from _rules(function)
 
 
-def _chunk(parts: dict[str, Any]) -> Iterator[Rule]:
+def _chunk(parts: Mapping[str, Any]) -> Iterator[Rule]:
     if int(parts["left_padding"].sum()):
         raise UnsupportedModel("chunks behind left padding: pack the sequences instead")
     yield "chunk", int(parts["chunk_size"])
 
 
-_READERS: dict[str, Callable[[dict[str, Any]], Iterator[Rule]]] = {
+_READERS: dict[str, Callable[[Mapping[str, Any]], Iterator[Rule]]] = {
     "causal_mask_function": lambda parts: iter([("causal", 0)]),
     "bidirectional_mask_function": lambda parts: iter(()),
     "and_masks.and_mask": _both,
