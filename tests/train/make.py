@@ -26,4 +26,5 @@ def recipe(data, **changes):
 
 def trainer(given, mesh, plan=None):
     plan = plan or Plan(kind="train")
-    return build(task_of(given), Job(recipe=given, plan=plan), mesh)
+    task = task_of(given)
+    return build(task, task.model(), Job(recipe=given, plan=plan), mesh)

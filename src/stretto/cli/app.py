@@ -27,6 +27,7 @@ COMMANDS = {
         "stretto.cli.generate:app",
         "Generate pictures, video or sound on several ranks.",
     ),
+    "plan": ("stretto.cli.plan:app", "Find the plan for a job on a cluster."),
     "probe": ("stretto.cli.probe:probe", "Measure devices and links into a cluster file."),
     "train": (
         "stretto.cli.train:app",

@@ -8,6 +8,8 @@ from typing import Annotated
 
 from cyclopts import Parameter, validators
 
+from stretto.cluster.model import Cluster
+from stretto.cost.train_words import bytes_of
 from stretto.errors import ConfigError
 from stretto.plan.io import read_plan
 from stretto.plan.model import Plan
@@ -16,6 +18,8 @@ from stretto.quantities import parse
 from stretto.search import judge
 from stretto.search.resolve import resolve
 from stretto.workload.denoise import flow_noise
+from stretto.workload.model import read_workload
+from stretto.workload.train import Training
 
 _Steps = Annotated[int | None, Parameter(validator=validators.Number(gte=1))]
 _Shift = Annotated[float, Parameter(validator=validators.Number(gt=0))]
@@ -25,6 +29,9 @@ def explain(
     plan: Path,
     *,
     workload: Path | None = None,
+    model: str | None = None,
+    tokens: _Steps = None,
+    sequences: _Steps = None,
     cluster: str | None = None,
     diff: Path | None = None,
     steps: _Steps = None,
@@ -34,12 +41,21 @@ def explain(
 ) -> int:
     """Time, bytes and limits of a plan. Without workload and cluster: ranks, windows, bytes.
 
+    Of a training plan: exact bytes per phase, rank and link class for a workload (or --model and
+    --tokens), and with a cluster predicted seconds and memory.
+
     Parameters
     ----------
     plan
         A plan file.
     workload
-        A workload file; needs --cluster too.
+        A workload file; needs --cluster too, unless it is one of training.
+    model
+        Of a training plan, in place of --workload: a preset, a config.json or its folder.
+    tokens
+        Tokens of one sequence, with --model.
+    sequences
+        Sequences of one step, with --model.
     cluster
         A cluster file, or the name of a preset such as h100-x8.
     diff
@@ -54,6 +70,10 @@ def explain(
         Print one JSON object.
     """
     plans = [read_plan(path) for path in (plan, diff) if path is not None]
+    job = _job(plans, workload, model, tokens, sequences)
+    if job is not None or plans[0].kind == "train":
+        print(_training(plans, job, cluster, json=json))
+        return 0
     if workload is None and cluster is None:
         print(_without_times(plans, steps, shift, _bytes(guided_bytes, steps), json=json))
         return 0
@@ -68,6 +88,62 @@ def explain(
         other = plans[1] if diff is not None else None
         print(judge.explain(plans[0], workload, cluster, diff=other))
     return 0
+
+
+def _job(
+    plans: list[Plan],
+    workload: Path | None,
+    model: str | None,
+    tokens: int | None,
+    sequences: int | None,
+) -> Training | None:
+    """The training workload that is meant, if any."""
+    if model is None and (tokens is not None or sequences is not None):
+        raise ConfigError("--tokens and --sequences belong to --model; a --workload has its own")
+    if model is not None:
+        if workload is not None:
+            raise ConfigError("--model stands in for a workload: give one or the other")
+        fallback = plans[0].dp.degree
+        return Training.of(model, tokens or 65536, sequences=sequences or fallback)
+    found = read_workload(workload) if workload is not None else None
+    kinds = {plan.kind for plan in plans}
+    if isinstance(found, Training) and kinds != {"train"}:
+        raise ConfigError(f"{workload} describes training, and the plan is one of a generation")
+    if found is not None and not isinstance(found, Training) and "train" in kinds:
+        raise ConfigError(f"{workload} describes a generation, and the plan is one of training")
+    return found if isinstance(found, Training) else None
+
+
+def _training(plans: list[Plan], job: Training | None, cluster: str | None, *, json: bool) -> str:
+    if not json:
+        return judge.explain(plans[0], job, cluster, diff=plans[1] if plans[1:] else None)
+    if job is None or cluster is None:
+        facts = [
+            {"plan": str(each), "ranks": each.world_size, "axes": each.sizes} for each in plans
+        ]
+        return jsonlib.dumps({"plans": facts}, indent=2)
+    found = [_priced(job, cluster, each) for each in plans]
+    return jsonlib.dumps({"plans": found}, indent=2)
+
+
+def _priced(job: Training, cluster: str, plan: Plan) -> dict:
+    """An estimate as plain data, with the exact bytes of one attention."""
+    found, known = judge.estimate(job, cluster, plan), Cluster.read(cluster)
+    exact = bytes_of(job, plan, known)
+    lines = [
+        {"pass": name, **line.as_dict()}
+        for name, part in (("forward", exact.forward), ("backward", exact.backward))
+        for line in part
+    ]
+    return found.as_dict() | {
+        "one_attention": {
+            "bytes_per_rank": list(exact.per_rank),
+            "link_bytes": exact.links,
+            "phases": lines,
+            "steps": exact.steps,
+            "peak_blocks": exact.peak_blocks,
+        }
+    }
 
 
 def _bytes(text: str | None, steps: int | None) -> int | None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _Degree = Annotated[int | None, Parameter(validator=validators.Number(gte=1))]
 _Positive = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 _Count = Annotated[int, Parameter(validator=validators.Number(gte=0))]
+_PLANNED = ("cp", "fsdp", "micro_batch", "cluster")
 _Seconds = Annotated[float, Parameter(validator=validators.Number(gt=0))]
 
 
@@ -38,14 +39,17 @@ class Split:
         Ranks, or groups of ranks, that take sequences of their own. Without --cp: all ranks.
     micro_batch
         Sequences that a rank works on at once.
+    cluster
+        File or preset whose rates decide --cp auto; by default CPU ranks of one machine.
     plan
-        A plan file, in place of the three options above.
+        A plan file, in place of the options above.
     """
 
     ranks: _Degree = None
     cp: str | None = None
     fsdp: _Degree = None
     micro_batch: _Degree = None
+    cluster: str | None = None
     plan: Path | None = None
 
 
@@ -176,16 +180,14 @@ def recipe_of(model: str, work: Work, down: Down, dtype: str) -> Recipe:
 def plan_of(split: Split, recipe: Recipe) -> Plan:
     """The plan of the options, checked against its ranks. Raises ConfigError, PlanMismatch."""
     if split.plan is not None:
-        given = [f"--{n}" for n in ("cp", "fsdp", "micro_batch") if getattr(split, n) is not None]
+        given = [f"--{n}" for n in _PLANNED if getattr(split, n) is not None]
         if given:
             raise ConfigError(f"--plan {split.plan} already says {', '.join(given)}: give one")
         plan = read_plan(split.plan)
         if plan.kind != "train":
             raise PlanMismatch(f"{split.plan} is a plan to {plan.kind}; needed is kind: train")
     else:
-        fsdp, shared = _degrees(split)
-        data = Data(shard=fsdp, micro_batch=split.micro_batch or 1)
-        plan = Plan(kind="train", dp=data, cp=_context(split.cp, shared, fsdp, recipe))
+        plan = _plan(split, recipe)
     if split.ranks is not None and split.ranks != plan.world_size:
         raise PlanMismatch(
             f"{plan!r}, but --ranks is {split.ranks}\n"
@@ -209,11 +211,14 @@ def _degrees(split: Split) -> tuple[int, int]:
     return fsdp, ranks // fsdp
 
 
-def _context(name: str | None, ranks: int, fsdp: int, recipe: Recipe) -> Context:
-    if name is None or (name == "auto" and ranks == 1):
-        return Context()
-    if name != "auto":
-        return Context.named(name, ranks)
-    from stretto.train.choice import best_context
+def _plan(split: Split, recipe: Recipe) -> Plan:
+    fsdp, shared = _degrees(split)
+    context, origin = Context(), None
+    if split.cp == "auto" and shared > 1:
+        from stretto.train.choice import best_context
 
-    return best_context(recipe, ranks, fsdp)
+        context, origin = best_context(recipe, shared, fsdp, split.cluster)
+    elif split.cp is not None and split.cp != "auto":
+        context = Context.named(split.cp, shared)
+    data = Data(shard=fsdp, micro_batch=split.micro_batch or 1)
+    return Plan(kind="train", dp=data, cp=context, origin=origin)

@@ -79,7 +79,8 @@ class Dit(nn.Module):
         for block in self.blocks:
             x_BTM = block(x_BTM, text_BSM, time_BM)
         shift, scale = self.modulation(time_BM).chunk(2, -1)
-        return self.head(modulated(self.norm(x_BTM), shift, scale))
+        # A clone, as a linear layer with bias returns a view, on which shards' hooks can be lost.
+        return self.head(modulated(self.norm(x_BTM), shift, scale)).clone()
 
     def initial(self, name: str, size: torch.Size, generator: torch.Generator) -> torch.Tensor:
         """First values: gates and the output are zero, so every block starts as the identity."""

@@ -116,8 +116,9 @@ class Rank:
         task = task_of(self.job.recipe)
         _same_data(task, self.mesh)
         self.tell("building the model")
-        trainer = build(task, self.job, self.mesh)
-        with attention_bound(trainer.model, self.job.plan, self.mesh):
+        model = task.model()
+        with attention_bound(model, self.job.plan, self.mesh):
+            trainer = build(task, model, self.job, self.mesh)
             note, done = self._resume(trainer)
             outcome = self._outcome(trainer, note)
             for event in self._events(trainer, note):
@@ -183,10 +184,9 @@ class Rank:
         self.tell("training", done=event.step, total=self.job.recipe.steps, **more)
 
 
-def build(task: Task, job: Job, mesh: Mesh) -> Trainer:
-    """The trainer of a job before its first step."""
+def build(task: Task, model: nn.Module, job: Job, mesh: Mesh) -> Trainer:
+    """The trainer of a job before its first step; the model is sharded and moved, in place."""
     recipe = job.recipe
-    model = task.model()
     model.to(shards.STORED[recipe.dtype])
     if shards.sharded(mesh, recipe.dtype):
         shards.shard(model, shards.data_mesh(mesh), recipe.dtype)
@@ -197,7 +197,10 @@ def build(task: Task, job: Job, mesh: Mesh) -> Trainer:
 def attention_bound(
     model: nn.Module, plan: Plan, mesh: Mesh
 ) -> contextlib.AbstractContextManager[Any]:
-    """Inside, attention works on this rank's rows of a sequence; nothing to bind on one rank."""
+    """Inside, attention works on this rank's rows of a sequence; nothing to bind on one rank.
+
+    Before sharding, because what checks a model of transformers runs it.
+    """
     if plan.cp.degree == 1:
         return contextlib.nullcontext()
     from stretto.parallel.api import parallelize

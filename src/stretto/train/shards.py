@@ -90,9 +90,13 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
 def materialise(model: nn.Module, device: torch.device, seed: int) -> None:
     """Give a model on the meta device its memory and its first values, shard by shard.
 
+    One that has weights, as transformers draws them, only moves.
     Each parameter is drawn whole from a generator of its own, so a value depends on seed and name
     alone, and no rank ever holds more than one whole parameter beside its shards.
     """
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        model.to(device)
+        return
     assert hasattr(model, "initial"), f"{type(model).__name__} states no first values"
     model.to_empty(device=device)
     with torch.no_grad():
