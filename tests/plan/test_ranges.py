@@ -359,6 +359,13 @@ def test_documents_stay_together_where_they_can():
     assert meetings["documents"] < meetings["zigzag"]
 
 
+def test_queries_of_other_keys_are_cut_by_the_same_documents():
+    """5 queries at positions 4 to 8 of documents (6, 6): two of them in the first one."""
+    mask = Mask(causal=True, documents=(6, 6), q_offset=4)
+    assert mask.document_spans(5) == ((0, 2), (2, 5))
+    assert mask.document_spans(12) == ((0, 6), (6, 12))
+
+
 def test_one_document_is_zigzag():
     mask = Mask(causal=True, documents=(100,))
     assert shard("documents", 100, 8, mask) == shard("zigzag", 100, 8)
@@ -420,7 +427,7 @@ def test_a_window_without_keys_is_refused(window):
 def test_documents_sum_to_the_sequence(documents, match):
     with pytest.raises(ShapeError, match=match):
         Mask(documents=documents).check(10, 10)
-    with pytest.raises(ShapeError):
+    with pytest.raises(ShapeError, match=match):
         shard("documents", 10, 2, Mask(documents=documents))
 
 

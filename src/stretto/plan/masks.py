@@ -124,7 +124,9 @@ class Mask:
             return ((0, tokens),) if tokens else ()
         shift = 0
         if tokens != self._bounds[-1]:
-            self.check(tokens, self._bounds[-1])
+            # Without an offset these are no queries of other keys, but documents that do not fit.
+            keys = tokens if self.q_offset is None else self._bounds[-1]
+            self._check_documents(tokens, keys)
             shift = self.offset
         clipped = ((max(a - shift, 0), min(b - shift, tokens)) for a, b in pairwise(self._bounds))
         return tuple((start, end) for start, end in clipped if start < end)

@@ -81,18 +81,26 @@ def unshard(
     Each rank sends its rows to every other one, phase "unshard". Not differentiable.
     Raises ShapeError where the rows are not those of the layout; MeshTimeout, RankLost.
     """
-    rank, shards = _rank(mesh), ranges.shard(layout, tokens, _parts(mesh), mask)
-    _check_rows(x, dim, shards[rank], rank)
+    shards = ranges.shard(layout, tokens, _parts(mesh), mask)
     own = x.detach().contiguous()
     if mesh is None or len(shards) == 1:
+        _check_rows(own, dim, shards[0], 0)
         return own.clone()
+    with mesh.ending_peers("unshard"):
+        return join(_gathered(own, dim, mesh, shards), dim, shards)
+
+
+def _gathered(own: Tensor, dim: int, mesh: Mesh, shards: Sequence[Spans]) -> list[Tensor]:
+    """Every rank's rows, by logical index."""
+    rank = mesh.rank(AXIS)
+    _check_rows(own, dim, shards[rank], rank)
     receives = {
-        peer: own.new_empty(_with_rows(x, dim, rows.rows))
+        peer: own.new_empty(_with_rows(own, dim, rows.rows))
         for peer, rows in enumerate(shards)
         if peer != rank
     }
     got = mesh.exchange(dict.fromkeys(receives, own), receives, AXIS, "unshard").wait()
-    return join([got.get(peer, own) for peer in range(len(shards))], dim, shards)
+    return [own if peer == rank else got[peer] for peer in range(len(shards))]
 
 
 def positions(
@@ -105,24 +113,6 @@ def positions(
     """
     own = ranges.shard(layout, tokens, _parts(mesh), mask)[_rank(mesh)]
     return row_positions(own, "cpu" if mesh is None else mesh.device)
-
-
-def visible(mask: Mask, q: Tensor, k: Tensor) -> Tensor:
-    """Which keys each query sees, bool (q, k), for global row positions q and k of any order.
-
-    The dense form of `Mask.sees`, for references and tests: it takes a byte for each pair.
-    """
-    here, there = q[:, None] + mask.offset, k[None, :]
-    seen = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device)
-    if mask.documents is not None:
-        lengths = torch.tensor(mask.documents, dtype=torch.int64, device=q.device)
-        ends = lengths.cumsum(0)
-        seen &= torch.bucketize(here, ends, right=True) == torch.bucketize(there, ends, right=True)
-    if mask.ahead is not None:
-        seen &= there - here <= mask.ahead
-    if mask.behind is not None:
-        seen &= here - there <= mask.behind
-    return seen | (there < mask.prefix)
 
 
 def _parts(mesh: Mesh | None) -> int:
