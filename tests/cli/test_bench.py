@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from stretto.bench import exactness, speed, steps
+from stretto.bench import exactness, families, speed, steps
 from stretto.cli.app import main
+from stretto.testing import support
 from tests.bench.test_steps import laps_of
 
 
@@ -41,6 +42,24 @@ def test_exactness_table_and_exit_code(changes, code, words, tmp_path, capsys, m
     printed = capsys.readouterr().out
     assert words in printed
     assert f"written: {out}" in printed
+
+
+def families_result(verdict):
+    row = support.Verdict(family="llama", verdict=verdict, reason="short of words", seconds=1.0)
+    counts = dict.fromkeys(("equal", "refused", "not_built", "wrong", "failed"), 0) | {verdict: 1}
+    facts = {"ranks": 2, "plan": "cp2(ring2, auto)", "library": "transformers 5", "tokens": 22}
+    summary = {"families": 1} | counts
+    facts |= {"tolerance": 2e-5, "summary": summary, "rows": [row.as_dict()]}
+    return document(case="families", **facts)
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("equal", 0), ("refused", 0), ("wrong", 1)])
+def test_families_table_and_exit_code(verdict, code, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(families, "run", lambda *args, **options: families_result(verdict))
+    assert main(["bench", "families", "--out", str(tmp_path / "f.json")]) == code
+    printed = capsys.readouterr().out
+    assert f"1 {verdict}" in printed
+    assert ("llama refused: short of words" in printed) == (verdict == "refused")
 
 
 def test_exactness_refuses_before_it_measures(tmp_path, capsys):

@@ -105,7 +105,7 @@ class Binding:
         if causal:
             plan = settled(self.plan, causal=True)
             return self.attend(q_BHTD, k_BGSD, v_BGSE, plan=plan, causal=True, scale=scale)
-        own = torch.tensor([q_BHTD.shape[2], k_BGSD.shape[2]], device=self.mesh.device)
+        own = torch.tensor([q_BHTD.shape[2], k_BGSD.shape[2]])
         counts = [row.tolist() for row in self.mesh.all_gather(own, "cp", "control").wait()]
         q_rows, k_rows = (tuple(rows) for rows in zip(*counts, strict=True))
         layout = _in_order(q_rows)

@@ -168,7 +168,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, own: torch.Tensor, dim: int, mesh: Mesh) -> torch.Tensor:
-        rows = torch.tensor([own.shape[dim]], device=mesh.device)
+        rows = torch.tensor([own.shape[dim]])
         counts = [int(n) for n in mesh.all_gather(rows, "cp", "control").wait()]
         ctx.dim, ctx.start, ctx.rows = dim, sum(counts[: mesh.rank("cp")]), own.shape[dim]
         padded = own.movedim(dim, 0).contiguous()

@@ -95,7 +95,7 @@ class Entrance:
     def _note(self, named: dict[str, Any]) -> None:
         """What the layers of this call share; one small message instead of one per layer."""
         mesh = self.binding.mesh
-        rows = torch.tensor([named["position_ids"].shape[-1]], device=mesh.device)
+        rows = torch.tensor([named["position_ids"].shape[-1]])
         shares = mesh.all_gather(rows, "cp", "control").wait()
         tokens = sum(int(share) for share in shares)
         self.binding.call = {"documents": named.get("documents"), "tokens": tokens}
