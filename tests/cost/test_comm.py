@@ -38,6 +38,8 @@ def test_collectives_by_hand():
     assert path.seconds("all_gather", 3e6, 4) == pytest.approx(3e-3 + 3e-5)
     assert path.seconds("broadcast", 3e6, 4) == pytest.approx(2 * (1e-3 + 1e-5))
     assert path.seconds("permute", 1e6, 4) == pytest.approx(1e-3 + 1e-5)
+    assert path.seconds("shift", 1e6, 4) == pytest.approx(1e-3 + 1e-5)
+    assert path.seconds("all_to_all", 3e6, 4) == pytest.approx(3e-3 + 3e-5)
 
 
 def test_half_duplex_and_sharing_divide_the_rate():

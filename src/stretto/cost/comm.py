@@ -28,13 +28,19 @@ class Path:
 
     def seconds(self, verb: str, sent_bytes: float, ranks: int) -> float:
         """Time of one collective in which the busiest rank sends `sent_bytes` to `ranks` - 1."""
-        message = sent_bytes if verb == "permute" else sent_bytes / (ranks - 1)
+        message = sent_bytes if verb in ("permute", "shift") else sent_bytes / (ranks - 1)
         return hops(verb, ranks) * (message / self.rate + self.link.latency)
 
 
 def hops(verb: str, ranks: int) -> int:
     """Messages that follow one another in a collective of at least two ranks."""
-    known = {"all_gather": ranks - 1, "broadcast": (ranks - 1).bit_length(), "permute": 1}
+    known = {
+        "all_gather": ranks - 1,
+        "all_to_all": ranks - 1,
+        "broadcast": (ranks - 1).bit_length(),
+        "permute": 1,
+        "shift": 1,
+    }
     return known[verb]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 from stretto.cluster.model import Cluster
 from stretto.cost.estimate import Estimate
@@ -15,9 +15,13 @@ from stretto.plan.model import Origin, Plan
 from stretto.plan.options import Guidance, Steps, Tail
 from stretto.quantities import short
 from stretto.search import windows
+from stretto.search.attention import TrainRanking, rank_plans
 from stretto.search.resolve import guess_error, resolve
 from stretto.workload.denoise import branches, noise_of
-from stretto.workload.model import Workload
+from stretto.workload.model import Workload, read_workload
+from stretto.workload.train import Training
+
+Path = str | os.PathLike[str]
 
 Fidelity = Literal["exact", "approximate"]
 #: Estimates closer than this, relatively, are one place in the ranking: no projection tells them
@@ -80,22 +84,43 @@ class Ranking:
         return "\n".join(lines)
 
 
+@overload
 def find_plans(
-    workload: Workload | str | os.PathLike[str],
-    cluster: Cluster | str | os.PathLike[str],
+    workload: Training, cluster: Cluster | Path, fidelity: Fidelity = "exact"
+) -> TrainRanking: ...
+@overload
+def find_plans(
+    workload: Workload, cluster: Cluster | Path, fidelity: Fidelity = "exact"
+) -> Ranking: ...
+@overload
+def find_plans(
+    workload: Path, cluster: Cluster | Path, fidelity: Fidelity = "exact"
+) -> Ranking | TrainRanking: ...
+def find_plans(
+    workload: Workload | Training | Path,
+    cluster: Cluster | Path,
     fidelity: Fidelity = "exact",
-) -> Ranking:
-    """Plans for all or some of the cluster's devices, in order of estimated seconds.
+) -> Ranking | TrainRanking:
+    """Plans for a cluster's devices, in order of estimated seconds.
 
-    "exact" splits guidance only; "approximate" adds step parallelism at the least depth, at that
-    of the published schedule and half-way from there to sequential, none below
-    `workload.limits.least_depth`. Plans that do not fit are in `dropped`, with the reason.
-    Takes nouns, files or the name of a preset cluster. Raises ConfigError.
+    Training: sequences over dp and over every attention plan of the rest, on all devices; all of
+    them are exact. A generation: over all or some devices; "exact" splits guidance only,
+    "approximate" adds step parallelism at the least depth, at that of the published schedule and
+    half-way from there to sequential, none below `workload.limits.least_depth`. Plans that do not
+    fit are in `dropped`, with the reason. Takes nouns, files or the name of a preset cluster.
+    Raises ConfigError; Infeasible when no training plan fits into memory.
     """
     if fidelity not in ("exact", "approximate"):
         raise ConfigError(f"fidelity {fidelity!r} is unknown; known are 'exact' and 'approximate'")
-    workload = workload if isinstance(workload, Workload) else Workload.read(workload)
+    if not isinstance(workload, Workload | Training):
+        workload = read_workload(workload)
     cluster = cluster if isinstance(cluster, Cluster) else Cluster.read(cluster)
+    if isinstance(workload, Training):
+        return rank_plans(workload, cluster)
+    return _generation(workload, cluster, fidelity)
+
+
+def _generation(workload: Workload, cluster: Cluster, fidelity: Fidelity) -> Ranking:
     choices, dropped = [], []
     for plan in candidates(workload, cluster.size, fidelity):
         try:

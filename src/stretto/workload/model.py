@@ -1,4 +1,4 @@
-"""The noun Workload: the job as arithmetic. Today: one generation of a diffusion model."""
+"""The noun Workload: the job as arithmetic. A generation of a diffusion model, or training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stretto import documents
+from stretto.errors import ConfigError
 from stretto.quantities import Bytes, Flops, Memory, Seconds
+from stretto.workload.arch import Arch
+from stretto.workload.train import Training
 
 SCHEMA = "workload/1"
 
@@ -115,11 +118,30 @@ class Workload(_Frozen):
         mine = {"steps": steps, "guidance": guidance, "guided_bytes": guided_bytes}
         return documents.make(cls, {**mine, "evaluation": evaluation, **fields})
 
+    @staticmethod
+    def train(model: str | os.PathLike[str] | Arch | dict, tokens: int, **fields: Any) -> Training:
+        """A training step on sequences of `tokens` tokens.
+
+        `model`: a preset, a config.json or its folder, its content, or an Arch. Further fields are
+        those of Training (sequences, dtype, window, documents, limits ...). Raises ConfigError.
+        """
+        return Training.of(model, tokens, **fields)
+
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Workload:
-        """A workload from a file `workload/1`. Raises ConfigError naming file, line and field."""
+        """A generation from a file `workload/1`. Raises ConfigError naming file, line and field."""
         return documents.load(cls, documents.read(path, SCHEMA))
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write `workload/1`; an existing file is replaced at once or not at all."""
         documents.write(self, path, SCHEMA)
+
+
+def read_workload(path: str | os.PathLike[str]) -> Workload | Training:
+    """A workload of any kind from a file. Raises ConfigError naming file, line and field."""
+    document = documents.read(path, SCHEMA)
+    kinds = {"denoise": Workload, "train": Training}
+    kind = document.fields.get("kind", "denoise")
+    if kind not in kinds:
+        raise ConfigError(f"{path}: kind {kind!r} is unknown; known are {', '.join(kinds)}")
+    return documents.load(kinds[kind], document)

@@ -8,7 +8,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stretto import documents
-from stretto.errors import ConfigError
 from stretto.workload.arch import Arch, from_config, read_arch
 
 SCHEMA = "workload/1"
@@ -88,14 +87,3 @@ class Training(_Frozen):
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write `workload/1`; an existing file is replaced at once or not at all."""
         documents.write(self, path, SCHEMA)
-
-
-def read_training(path: str | os.PathLike[str]) -> Training:
-    """A training workload from a file. Raises ConfigError naming file, line and field."""
-    document = documents.read(path, SCHEMA)
-    if document.fields.get("kind") != "train":
-        raise ConfigError(
-            f"{path}: kind {document.fields.get('kind')!r} where a training workload is needed\n"
-            "  to fix: a file with `kind: train`, as Workload.train(...).write makes it"
-        )
-    return documents.load(Training, document)
