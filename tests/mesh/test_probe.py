@@ -7,6 +7,7 @@ from stretto.mesh import probe
 from stretto.mesh.local import LocalWorld
 from tests.fresh import modules_after
 
+VERBS = {"all_gather": 3, "broadcast": 3, "permute": 2, "shift": 3, "all_to_all": 3}
 SMALL = {"dtypes": ("fp32",), "sides": (16, 32), "message_bytes": (64, 4096)}
 
 
@@ -22,9 +23,7 @@ def test_every_rank_sees_the_same_samples():
     assert all(other == first for other in others)
     assert [(p.dtype, p.side) for p in first.products] == [("fp32", 16), ("fp32", 32)]
     assert [(m.verb, m.num_bytes, m.ranks) for m in first.messages] == [
-        (verb, num, ranks)
-        for num in (64, 4096)
-        for verb, ranks in (("all_gather", 3), ("broadcast", 3), ("permute", 2))
+        (verb, num, ranks) for num in (64, 4096) for verb, ranks in VERBS.items()
     ]
     assert all(m.seconds > 0 for m in first.messages)
     assert first.memory_rate > 0

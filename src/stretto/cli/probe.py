@@ -123,7 +123,7 @@ def _lines(measured: Measured, link: Fit | None) -> list[str]:
         f"  link over {measured.backend}: {short('B/s', link.rate)}, "
         f"{short('s', link.latency)} a hop; relative rms error of the fit {link.spread:.0%}"
     )
-    for verb in ("all_gather", "broadcast", "permute"):
+    for verb in dict.fromkeys(message.verb for message in measured.messages):
         times = [m for m in measured.messages if m.verb == verb]
         ends = [f"{short('s', m.seconds)} at {m.num_bytes} B" for m in (times[0], times[-1])]
         lines.append(f"    {verb:<10} {', '.join(ends)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from datetime import timedelta
 from typing import Generic, Protocol, TypeVar
 
@@ -64,7 +64,7 @@ class Mesh(ABC):
         self.device = torch.device(device)
         self.timeout_s = timeout_s
         #: What all ranks have found to be the same, so that it need not be compared again.
-        self.agreed: set[str] = set()
+        self.agreed: set[Hashable] = set()
         self._place: dict[str | None, int] = {None: rank}
         self._peers: dict[str | None, list[int]] = {None: list(range(self.world_size))}
         for axis in axes.NAMES:

@@ -153,7 +153,11 @@ def _copy(mesh: Mesh) -> float:
 
 
 def _messages(mesh: Mesh, num_bytes: int) -> list[Message]:
-    """A message of this size by each verb; point to point is half a round trip of ranks 0 and 1."""
+    """A message of this size by each verb; point to point is half a round trip of ranks 0 and 1.
+
+    A shift and an all-to-all are what attention does: every rank sends at once, to the next one or
+    a message to each.
+    """
     tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=mesh.device)
     size, rank = mesh.size("step"), mesh.rank("step")
 
@@ -162,13 +166,23 @@ def _messages(mesh: Mesh, num_bytes: int) -> list[Message]:
             if rank < 2:
                 mesh.permute(tensor, "step", move, "probe").wait()
 
+    def every_rank(distances: range) -> None:
+        sends = {(rank - distance) % size: tensor for distance in distances}
+        receives = {(rank + distance) % size: into[distance - 1] for distance in distances}
+        mesh.exchange(sends, receives, "step", "probe").wait()
+
+    into = [torch.empty_like(tensor) for _ in range(size - 1)]
     gather = _repeat(mesh, lambda: mesh.all_gather(tensor, "step", "probe").wait())
     spread = _repeat(mesh, lambda: mesh.broadcast(tensor, "step", 0, "probe").wait())
     there = _repeat(mesh, round_trip) / 2
+    shift = _repeat(mesh, lambda: every_rank(range(1, 2)))
+    all_to_all = _repeat(mesh, lambda: every_rank(range(1, size)))
     return [
         Message("all_gather", num_bytes, size, gather),
         Message("broadcast", num_bytes, size, spread),
         Message("permute", num_bytes, 2, there),
+        Message("shift", num_bytes, size, shift),
+        Message("all_to_all", num_bytes, size, all_to_all),
     ]
 
 
