@@ -210,7 +210,7 @@ class CogVideoX(Model):
     reference = Shape(steps=50, frames=49, height=480, width=720)
     shape = reference.but(frames=17)
     tiny_shape = Shape(steps=16, frames=9, height=96, width=160)
-    seconds, share = 5.31, 0.095
+    seconds, share = 5.31, 0.113
 
     def parts(self, shape: Shape) -> dict[str, Any]:
         import diffusers

@@ -56,8 +56,23 @@ class EchoMesh(Mesh):
     def permute(self, tensor: torch.Tensor, axis: Any, moves: Any, phase: str) -> Pending:
         return Pending(lambda: tensor)
 
+    def all_reduce(self, *_: Any, **__: Any) -> Pending:
+        raise AssertionError("step parallelism sums nothing")
+
+    def exchange(self, *_: Any, **__: Any) -> Pending:
+        raise AssertionError("step parallelism exchanges nothing uneven")
+
     def record(self, stage: str, *, waiting: bool = False) -> None:
         """Nobody asks."""
+
+    def abort(self, reason: str) -> None:
+        """Nobody waits."""
+
+    def check(self) -> None:
+        """Nobody else can fail."""
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class Bench:

@@ -161,6 +161,8 @@ def start(options: argparse.Namespace, environment: dict) -> list[tuple[subproce
         "WORLD_SIZE": str(options.ranks),
         "LOCAL_WORLD_SIZE": str(options.ranks),
         "OMP_NUM_THREADS": "1",
+        # Each process has a hard limit: what is reserved in pieces must not count against it.
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore",
         "TRANSFORMERS_VERBOSITY": "error",
