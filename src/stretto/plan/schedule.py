@@ -25,7 +25,7 @@ from stretto.plan.column import (
     visible,
     walk,
 )
-from stretto.plan.moves import COLUMN, GRADIENTS, PASSES, Move, Pass, Step, Turn
+from stretto.plan.moves import COLUMN, GRADIENTS, PASSES, ROWS, Move, Pass, Step, Turn
 from stretto.plan.ranges import Spans
 from stretto.plan.traffic import Traffic
 
@@ -201,7 +201,9 @@ class _Tile:
             here = rows[self._position(depth)]
             others = {p: rows[p] for p in range(size) if p != self._position(depth)}
             mine = dict.fromkeys(others, here)
-            move = self._move(phase, "all_gather", axis, tensors, mine, others)
+            # Keys and queries are gathered at the same time: streams of their own.
+            channel = COLUMN if kv else ROWS
+            move = self._move(phase, "all_gather", axis, tensors, mine, others, channel)
             moves += [move] if others else []
         return moves
 
@@ -237,9 +239,9 @@ class _Tile:
         rows, first = (self.call.kv if kv else self.call.q), self.place.turn * context.team
         return union([rows[first + member] for member in members])
 
-    def _move(self, phase, verb, axis, tensors, sends, receives) -> Move:
+    def _move(self, phase, verb, axis, tensors, sends, receives, channel=ROWS) -> Move:
         row_bytes = self.call.row_bytes(*tensors)
-        return Move(phase, verb, axis, tensors, sends, receives, row_bytes)
+        return Move(phase, verb, axis, tensors, sends, receives, row_bytes, channel)
 
     # ---- the column --------------------------------------------------------------------------
 

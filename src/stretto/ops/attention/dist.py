@@ -267,13 +267,13 @@ def _lengths(
     known = (tokens, tokens) if isinstance(tokens, int) else tokens
     if known is None and mask.documents is not None and mask.q_offset is None:
         known = (sum(mask.documents),) * 2
-    names = ("batch, heads, head dim", "scale", "dtype", "backend")
-    fields = {"plan": context, "mask": mask, "tokens": known, **dict(zip(names, what, strict=True))}
-    text = "\n".join(f"{name}: {value}" for name, value in fields.items())
-    if known is not None and text in mesh.agreed:
+    key = (context, mask, known, *what)
+    if known is not None and key in mesh.agreed:
         return known, None
+    names = ("plan", "mask", "tokens", "batch, heads, head dim", "scale", "dtype", "backend")
+    text = "\n".join(f"{name}: {value}" for name, value in zip(names, key, strict=True))
     held = _agreed(mesh, text, here)
-    mesh.agreed.add(text)
+    mesh.agreed.add(key)
     totals = (sum(q for q, _ in held.values()), sum(k for _, k in held.values()))
     return known or totals, held
 

@@ -19,9 +19,9 @@ from stretto.ops.attention.backends import Backend
 from stretto.ops.attention.block import Block, Specs, zeros
 from stretto.ops.attention.merge import accumulators, merge_
 from stretto.ops.attention.naive import wide_dtype
-from stretto.plan.column import grad_wire, kv_heads
+from stretto.plan.column import grad_wire, kv_heads, union
 from stretto.plan.context import AttentionCase, Context
-from stretto.plan.moves import Move, Pass, Step
+from stretto.plan.moves import Move, Pass, Step, Turn
 from stretto.plan.ranges import Spans
 from stretto.plan.schedule import Schedule, schedule
 
@@ -162,8 +162,9 @@ def _forward(job: Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor 
     )
     kept: list[Block] = []
     walk = Walk(job, plan, kept)
-    team_q, first = _gathered(job, moves, own_q, own_kv)
-    walk.begin(first)
+    rows = Gathering(job, moves, own_q)
+    walk.begin(_keys_gathered(job, moves, own_kv))
+    team_q = rows.finish()
     out, lse = _attend(walk, team_q)
     moves = list(plan.after)
     out, lse = _merged(job, _taken(moves, "row-out"), team_q.rows, out, lse)
@@ -181,15 +182,14 @@ def _taken(moves: list[Move], phase: str, count: int | None = None) -> list[Move
     return taken
 
 
-def _gathered(job: Job, moves: list[Move], q: Block, kv: Block) -> tuple[Block, Block]:
-    """Queries (with what came along) of the whole team, and the block the walk begins with."""
-    of_q = [move for move in moves if move.verb == "all_gather" and move.tensors[0] == "q"]
-    of_kv = [move for move in moves if move.verb == "all_gather" and move.tensors[0] == "k"]
-    q, kv = team_gathered(job, of_q, q), team_gathered(job, of_kv, kv)
+def _keys_gathered(job: Job, moves: list[Move], kv: Block) -> Block:
+    """The keys that the walk begins with: one's own, or those that StarTrail places here."""
+    of_keys = [move for move in moves if move.verb == "all_gather" and move.tensors[0] == "k"]
+    kv = team_gathered(job, of_keys, kv)
     for move in moves:
         if move.verb == "permute" and move.sends:
             kv = job.hand(move, kv).one()
-    return q, kv
+    return kv
 
 
 def _attend(walk: Walk, q: Block) -> tuple[Tensor, Tensor]:
@@ -254,14 +254,15 @@ def _backward(job: Job, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Ten
     own = Block(saved.q.rows, saved.q.buffer, known)
     if plan.moving == "q" or any("dout" in move.tensors for move in moves):
         own = Block.of(saved.q.rows, known)
-    queries, first = _gathered(job, moves, own, saved.kv)
-    walk = Walk(job, plan, list(saved.kept))
-    walk.begin(queries if plan.moving == "q" else first)
+    rows, walk = Gathering(job, moves, own), Walk(job, plan, list(saved.kept))
+    first = _keys_gathered(job, moves, saved.kv)
     if plan.moving == "q":
+        walk.begin(rows.finish())
         rests = saved.kept[0] if job.schedule.forward.turns[0].steps[0].kept else first
         dq, sums = _backward_moving_queries(walk, rests)
     else:
-        dq, sums = _backward_moving_keys(walk, queries)
+        walk.begin(first)
+        dq, sums = _backward_moving_keys(walk, rows.finish())
     return _gradients_home(job, list(plan.after), dq, sums)
 
 
@@ -474,33 +475,58 @@ class Walk:
         self.plan = plan
         self.kept = kept
         self.back = plan is job.schedule.backward
-        self.first: Block | None = None
+        self.block: Block | None = None
+        self.crossing: Arrival | None = None
+        self.coming: Arrival | None = None
 
     def begin(self, block: Block) -> None:
-        """`block`: what this rank starts with, unless the schedule kept it."""
-        self.first = block
+        """Set out with `block`, or what the schedule kept in its place; the next is on its way."""
+        self.block = block
+        self._enter(self.plan.turns[0])
+        self._take(self.plan.turns[0].steps[0])
 
     def __iter__(self) -> Iterator[tuple[Step, Block]]:
-        block = self.first
         for turn in self.plan.turns:
-            crossing = None
-            if turn.hop and turn.hop.verb == "shift":
-                crossing = self._hop(turn.hop, self._at(turn.steps[0], block))
-            elif turn.hop:
-                block = self._collected(turn.hop, block)
+            if turn is not self.plan.turns[0]:
+                self._enter(turn)
             for step in turn.steps:
-                block = self._at(step, block)
-                self._keep(step, block)
-                coming = self._hop(step.hop, block) if step.hop else None
-                yield step, block
-                block = coming.one() if coming else None
-            block = crossing.one() if crossing else block
+                if step is not self.plan.turns[0].steps[0]:
+                    self._take(step)
+                elif turn.hop and turn.hop.verb == "all_gather":
+                    self._collect(step)
+                assert self.block is not None, "a step has a block"
+                self._keep(step, self.block)
+                yield step, self.block
+                self.block = self.coming.one() if self.coming else None
+            if self.crossing:
+                self.block = self.crossing.one()
 
-    def _at(self, step: Step, block: Block | None) -> Block:
-        if step.kept and self.back and (block is None or block.rows != step.rows):
+    def _enter(self, turn: Turn) -> None:
+        """Send on what the next turn begins with; with Gather, everything to everyone."""
+        block, self.crossing = self._at(turn.steps[0]), None
+        if turn.hop and turn.hop.verb == "shift":
+            self.crossing = self.job.hand(turn.hop, block)
+        elif turn.hop:
+            sends = dict.fromkeys(turn.hop.sends, block)
+            self.crossing = self.job.start(turn.hop, sends, block.specs)
+
+    def _take(self, step: Step) -> None:
+        """Make the step's block the one at hand, and send it on."""
+        self.block = self._at(step)
+        self.coming = self.job.hand(step.hop, self.block) if step.hop else None
+
+    def _collect(self, step: Step) -> None:
+        """The blocks of all ranks as one."""
+        assert self.crossing is not None, "the exchange has begun"
+        assert self.block is not None, "every rank has a block of its own"
+        self.block = Block.joined(step.rows, [self.block, *self.crossing.wait().values()])
+        self.crossing = None
+
+    def _at(self, step: Step) -> Block:
+        if step.kept and self.back and (self.block is None or self.block.rows != step.rows):
             return self.kept[0]
-        assert block is not None, "no block came and none was kept"
-        return block
+        assert self.block is not None, "no block came and none was kept"
+        return self.block
 
     def _keep(self, step: Step, block: Block) -> None:
         if step.kept and self.back:
@@ -508,25 +534,38 @@ class Walk:
         elif step.kept:
             self.kept.append(block)
 
-    def _hop(self, move: Move, block: Block) -> Arrival:
-        return self.job.hand(move, block)
 
-    def _collected(self, move: Move, block: Block | None) -> Block:
-        """The blocks of all ranks as one."""
-        assert block is not None, "every rank has a block of its own"
-        arrived = self.job.start(move, dict.fromkeys(move.sends, block), block.specs).wait()
-        rows = self.plan.turns[0].steps[0].rows
-        return Block.joined(rows, [block, *arrived.values()])
+class Gathering:
+    """Queries, with what goes along, of the whole team: the first level is under way at once."""
+
+    def __init__(self, job: Job, moves: list[Move], block: Block):
+        self.job = job
+        self.moves = [m for m in moves if m.verb == "all_gather" and m.tensors[0] == "q"]
+        self.block = block
+        self.coming = _spread(job, self.moves[0], block) if self.moves else None
+
+    def finish(self) -> Block:
+        if self.coming is None:
+            return self.block
+        block = _with(self.block, self.coming)
+        return team_gathered(self.job, self.moves[1:], block)
 
 
 def team_gathered(job: Job, moves: list[Move], block: Block) -> Block:
     """The rows of the whole team, level by level."""
     for move in moves:
-        arrived = job.start(move, dict.fromkeys(move.sends, block), block.specs).wait()
-        blocks = [block, *arrived.values()]
-        rows = Spans(tuple(span for part in blocks for span in part.rows))
-        block = Block.joined(rows, blocks)
+        block = _with(block, _spread(job, move, block))
     return block
+
+
+def _spread(job: Job, move: Move, block: Block) -> Arrival:
+    """A block to all peers of an axis, and theirs here."""
+    return job.start(move, dict.fromkeys(move.sends, block), block.specs)
+
+
+def _with(block: Block, coming: Arrival) -> Block:
+    blocks = [block, *coming.wait().values()]
+    return Block.joined(union(part.rows for part in blocks), blocks)
 
 
 def summed(job: Job, moves: list[Move], block: Block) -> Block:
