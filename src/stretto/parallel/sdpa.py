@@ -131,11 +131,15 @@ def callers(model: nn.Module) -> list[str]:
 
 
 def calls_sdpa(kind: type[nn.Module]) -> bool:
-    """Whether the source of a class's forward names SDPA."""
-    try:
-        return "scaled_dot_product_attention" in inspect.getsource(kind.forward)
-    except (OSError, TypeError):
-        return False
+    """Whether a class's forward, or a function inside it, names SDPA."""
+    forward = inspect.unwrap(kind.forward)
+    queue = [forward.__code__] if inspect.isfunction(forward) else []
+    while queue:
+        code = queue.pop()
+        if SDPA.__name__ in code.co_names:
+            return True
+        queue += [part for part in code.co_consts if inspect.iscode(part)]
+    return False
 
 
 def check(model: nn.Module, handled: Sequence[str] = ()) -> None:
