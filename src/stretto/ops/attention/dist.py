@@ -104,13 +104,14 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout, _dlse):
+    def backward(ctx, *grad_outputs):  # pyrefly: ignore[bad-override]
         out, lse, *buffers = ctx.saved_tensors
         q, kv, *kept = (
             Block.over(rows, buffer, specs)
             for (rows, specs), buffer in zip(ctx.frames, buffers, strict=True)
         )
         saved = Saved(ctx.job, q, kv, out, lse, kept)
+        dout, _ = grad_outputs  # lse is not differentiable
         with _ending_peers(ctx.settings[0], "attention backward"):
             return *backward_rank(dout, saved), None
 
