@@ -241,6 +241,24 @@ def test_inputs_that_a_shard_cannot_have(bound, inputs, reason):
         bound[0](input_ids=torch.tensor([[5, 6, 7, 8]]), **inputs)
 
 
+def test_autocast_reaches_attention():
+    """Rotated queries are float32 beside bfloat16 values, as with SDPA."""
+    model = families.tiny_model("llama").float()
+    mesh = LocalWorld({}).mesh(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        right = model(input_ids=ids()).logits
+        with parallelize(model, Context(), mesh=mesh):
+            found = model(**shard({"input_ids": ids()}, mesh, Context())).logits
+    torch.testing.assert_close(found, right, rtol=0, atol=0.02 * right.abs().max().item())
+
+
+def test_a_model_without_weights_is_refused():
+    with torch.device("meta"):
+        model = type(families.tiny_model("llama"))(families.tiny_config("llama"))
+    with pytest.raises(UnsupportedModel, match="has no weights yet"):
+        parallelize(model, Context(), mesh=LocalWorld({}).mesh(0))
+
+
 def test_dropout_is_refused():
     config = copy.deepcopy(families.tiny_config("llama"))
     config.attention_dropout = 0.1

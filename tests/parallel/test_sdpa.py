@@ -12,6 +12,7 @@ from stretto.parallel.api import parallelize
 from stretto.parallel.batch import shard
 from stretto.parallel.context import Attention
 from stretto.plan.context import Context
+from stretto.testing.ranks import run_ranks
 
 RING = Context(ring=2)
 WIDTH, HEADS = 16, 4
@@ -220,3 +221,22 @@ def test_keys_of_another_length_are_refused():
 def test_a_model_without_attention_is_refused():
     with pytest.raises(UnsupportedModel, match="holds no attention that is known"):
         parallelize(nn.Linear(2, 2), Context(), mesh=LocalWorld({}).mesh(0))
+
+
+def gradients_of_rank(mesh):
+    bound = model(SelfAttention)
+    with parallelize(bound, RING, mesh=mesh):
+        checkpointed = checkpoint(
+            bound, shard(tokens(), mesh, RING, causal=False), use_reentrant=False
+        )
+        checkpointed.square().sum().backward()
+    return [parameter.grad for parameter in bound.parameters()]
+
+
+@pytest.mark.ranks
+def test_processes_agree_with_one_rank():
+    plain = model(SelfAttention)
+    plain(tokens()).square().sum().backward()
+    parts = run_ranks(gradients_of_rank, RING.sizes)
+    for found, parameter in zip(zip(*parts, strict=True), plain.parameters(), strict=True):
+        torch.testing.assert_close(sum(found), parameter.grad, rtol=1e-11, atol=1e-12)

@@ -82,6 +82,10 @@ class Binding:
         plan = mask.pop("plan", None)
         if plan is None:
             plan = settled(self.plan, causal=self.causal, documents=self.call.get("documents"))
+        if torch.is_autocast_enabled(q_BHTD.device.type):
+            # As SDPA does: rotated queries and keys are often float32 beside lower values.
+            dtype = torch.get_autocast_dtype(q_BHTD.device.type)
+            q_BHTD, k_BGSD, v_BGSE = (x.to(dtype) for x in (q_BHTD, k_BGSD, v_BGSE))
         dims = q_BHTD.shape[-1], v_BGSE.shape[-1]
         if dims[0] != dims[1]:
             # Zeros change neither scores nor outputs, and the output's extra columns are zero.

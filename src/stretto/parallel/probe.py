@@ -100,8 +100,7 @@ def examine(model: nn.Module, binding: Binding) -> Findings:
             f"{name}.forward takes no position_ids\n  why: a shard would count its tokens from 0"
         )
     with _examined(model, binding, watch):
-        device = next(model.parameters()).device
-        ids = torch.arange(10, 10 + TOKENS, device=device)[None]
+        ids = _tokens(model, range(TOKENS))
         whole = _run(model, watch, ids, range(TOKENS))
         if not watch.calls:
             raise UnsupportedModel(f"{name} never calls transformers' attention interface")
@@ -112,6 +111,18 @@ def examine(model: nn.Module, binding: Binding) -> Findings:
         _check_positions(model, watch, ids, whole, origin)
         sums = "labels" in known and _loss_adds_up(model, watch, ids, origin)
         return Findings(origin, sums)
+
+
+def _tokens(model: nn.Module, numbers: Sequence[int]) -> torch.Tensor:
+    """(1, n) token numbers, distinct where the vocabulary allows, away from the special first."""
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no weights yet\n  why: examining it needs values\n"
+            "  to fix: materialise it first, or check=False for a model that was examined before"
+        )
+    size = getattr(model.config.get_text_config(), "vocab_size", 100)
+    return torch.tensor([[(10 + n) % size for n in numbers]], device=device)
 
 
 @contextlib.contextmanager
@@ -204,7 +215,7 @@ def _first_difference(here: Trace, there: Trace, rows: list[int], other: list[in
 
 def _check_mixing(model, watch, ids, whole: Trace) -> None:
     changed = ids.clone()
-    changed[:, CHANGED] = 10 + TOKENS
+    changed[:, CHANGED] = _tokens(model, [TOKENS])
     others = [place for place in range(TOKENS) if place != CHANGED]
     found = _first_difference(whole, _run(model, watch, changed, range(TOKENS)), others, others)
     if found:
