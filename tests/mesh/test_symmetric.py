@@ -13,7 +13,15 @@ import pytest
 import torch
 
 from stretto.mesh import symmetric
-from stretto.mesh.symmetric import CHANNELS, PADS, Mailboxes, pad_of, slot_bytes_for, slot_index
+from stretto.mesh.symmetric import (
+    CHANNELS,
+    LANES,
+    PADS,
+    Mailboxes,
+    pad_of,
+    slot_bytes_for,
+    slot_index,
+)
 
 #: Seconds until a test that locks up is declared so.
 PATIENCE_S = 20
@@ -59,19 +67,27 @@ class Lane(threading.Thread):
 
 
 class ThreadBoard:
-    """`symmetric.Board` of one virtual device."""
+    """`symmetric.Board` of one virtual device. `one_queue`: all its streams are one."""
 
-    def __init__(self, node, rank, seed=0):
+    def __init__(self, node, rank, seed=0, *, one_queue=False):
         self.node, self.rank, self.slot_bytes = node, rank, node.slot_bytes
-        self.lanes = [Lane(node, f"{seed} {rank} {channel}") for channel in range(CHANNELS)]
+        self.lanes = [
+            [Lane(node, f"{seed} {rank} {channel} {lane}") for lane in LANES]
+            for channel in range(CHANNELS)
+        ]
+        if one_queue:
+            self.lanes = [[self.lanes[0][0]] * len(LANES)] * CHANNELS
         self.lane = None
 
     def slot(self, owner, writer, channel, parity):
         return self.node.inboxes[owner, slot_index(owner, writer, channel, parity)]
 
+    def begin(self, channel):
+        """A caller on the CPU has done all it issued."""
+
     @contextlib.contextmanager
-    def stream(self, channel):
-        self.lane = self.lanes[channel]
+    def stream(self, channel, lane):
+        self.lane = self.lanes[channel][lane]
         yield
 
     def mark(self, channel):
@@ -102,22 +118,25 @@ class ThreadBoard:
             self.node.signals.remove(signal)
 
     def end(self):
-        for lane in self.lanes:
-            lane.work.put(None)
+        for lanes in self.lanes:
+            for lane in lanes:
+                lane.work.put(None)
 
 
 class ThreadMark:
-    def __init__(self, node, lane):
+    def __init__(self, node, lanes):
         self.node = node
-        self.reached = threading.Event()
-        lane.work.put(self.reached.set)
+        self.reached = [threading.Event() for _ in lanes]
+        for lane, reached in zip(lanes, self.reached, strict=True):
+            lane.work.put(reached.set)
 
     def join(self):
-        while not self.reached.wait(0.01):
-            assert not self.node.errors, self.node.errors
+        for reached in self.reached:
+            while not reached.wait(0.01):
+                assert not self.node.errors, self.node.errors
 
     def done(self):
-        return self.reached.is_set()
+        return all(reached.is_set() for reached in self.reached)
 
 
 def letter(sender, reader, size, number):
@@ -125,9 +144,9 @@ def letter(sender, reader, size, number):
     return torch.randint(0, 255, (size,), dtype=torch.uint8, generator=made)
 
 
-def mail(node, rounds, mailboxes=Mailboxes):
-    """All ranks carry out `rounds` of (channel, sizes by (sender, reader)); what each received."""
-    boards = [ThreadBoard(node, rank) for rank in range(node.ranks)]
+def mail(node, rounds, mailboxes=Mailboxes, *, one_queue=False):
+    """All ranks carry out `rounds` of (channel, sizes by (sender, reader)), and check the mail."""
+    boards = [ThreadBoard(node, rank, one_queue=one_queue) for rank in range(node.ranks)]
     boxes = [mailboxes(board) for board in boards]
     waiting = []
     for number, (channel, sizes) in enumerate(rounds):
@@ -170,6 +189,12 @@ def random_rounds(ranks, count, seed, largest):
 def test_uneven_messages_of_many_pieces_arrive(ranks):
     """Up to five pieces each, both ways at once, many rounds ahead of the slowest device."""
     mail(Node(ranks, slot_bytes=8), random_rounds(ranks, 25, seed=ranks, largest=37))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_devices_that_run_all_streams_as_one_queue(ranks):
+    rounds = random_rounds(ranks, 25, seed=ranks, largest=37)
+    mail(Node(ranks, slot_bytes=8), rounds, one_queue=True)
 
 
 def test_a_ring_far_ahead_of_its_devices():

@@ -1,6 +1,7 @@
 """The symmetric carrier on real ranks: memory and signals in files that all processes map."""
 
 import contextlib
+import itertools
 import queue
 import tempfile
 import threading
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from stretto.errors import MeshTimeout, RankLost
-from stretto.mesh.symmetric import CHANNELS, PADS, SymmetricMesh, slot_index
+from stretto.mesh.symmetric import CHANNELS, LANES, PADS, SymmetricMesh, slot_index
 from stretto.testing.ranks import run_ranks
 from tests.mesh.test_exchange import everyone_to_everyone, expected
 
@@ -34,8 +35,8 @@ class FileBoard:
 
         self.memory = mapped("memory", (ranks, slots, SLOT_BYTES))
         self.pads = mapped("pads", (ranks, PADS, ranks))
-        self.work = [queue.Queue() for _ in range(CHANNELS)]
-        for lane in self.work:
+        self.work = [[queue.Queue() for _ in LANES] for _ in range(CHANNELS)]
+        for lane in itertools.chain(*self.work):
             threading.Thread(target=self.run, args=(lane,), daemon=True).start()
         self.lane = None
 
@@ -48,14 +49,18 @@ class FileBoard:
     def slot(self, owner, writer, channel, parity):
         return self.memory[owner, slot_index(owner, writer, channel, parity)]
 
+    def begin(self, channel):
+        """A caller on the CPU has done all it issued."""
+
     @contextlib.contextmanager
-    def stream(self, channel):
-        self.lane = self.work[channel]
+    def stream(self, channel, lane):
+        self.lane = self.work[channel][lane]
         yield
 
     def mark(self, channel):
-        reached = threading.Event()
-        self.work[channel].put(reached.set)
+        reached = [threading.Event() for _ in LANES]
+        for lane, event in zip(self.work[channel], reached, strict=True):
+            lane.put(event.set)
         return Reached(reached)
 
     def copy(self, target, source):
@@ -74,7 +79,7 @@ class FileBoard:
         signal.zero_()
 
     def release(self):
-        while any(lane.unfinished_tasks for lane in self.work):
+        while any(lane.unfinished_tasks for lane in itertools.chain(*self.work)):
             self.pads[self.rank].fill_(1)
 
 
@@ -83,10 +88,11 @@ class Reached:
         self.reached = reached
 
     def join(self):
-        self.reached.wait()
+        for event in self.reached:
+            event.wait()
 
     def done(self):
-        return self.reached.is_set()
+        return all(event.is_set() for event in self.reached)
 
 
 def symmetric(mesh, folder, timeout_s=30.0):

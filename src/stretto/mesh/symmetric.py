@@ -2,11 +2,11 @@
 
 Every rank has an inbox in which each peer owns two slots per channel. A message is cut into pieces
 of a slot: the writer copies a piece into the reader's slot and signals, the reader copies it out
-and signals back, and only then is that slot filled again. Both happen on the device, on a stream
+and signals back, and only then is that slot filled again. Both happen on the device, on two streams
 per channel, so the host never waits and the next hop moves while the caller computes.
 
-No order of ranks can lock up: of piece n all ranks send before they receive, and a send waits for
-nothing but the reading of piece n - 2.
+Nothing can lock up, even if a device runs all its streams as one queue: of piece n all ranks send
+before they receive, and a send waits for nothing but the reading of piece n - 2.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -31,12 +31,13 @@ CHANNELS = 3
 INBOX_BYTES = 256 * 2**20
 _SLOTS = 2
 _FULL, _FREE = 0, 1
+_WRITE, _READ = LANES = (0, 1)
 #: Seconds for which a rank that gives up keeps answering its own waiting kernels.
 _RELEASE_S = 5.0
 
 
 class Mark(Protocol):
-    """A point on a channel's stream."""
+    """A point on both streams of a channel."""
 
     def join(self) -> None:
         """What the caller issues from here on comes after it."""
@@ -53,8 +54,11 @@ class Board(Protocol):
     def slot(self, owner: int, writer: int, channel: int, parity: int) -> torch.Tensor:
         """Bytes in the owner's memory that the writer fills."""
 
-    def stream(self, channel: int) -> contextlib.AbstractContextManager[None]:
-        """What is issued inside goes to the channel's stream, after what the caller has issued."""
+    def begin(self, channel: int) -> None:
+        """What the channel's streams get from here on comes after what the caller has issued."""
+
+    def stream(self, channel: int, lane: int) -> contextlib.AbstractContextManager[None]:
+        """What is issued inside goes to the channel's stream that writes, or that reads."""
 
     def mark(self, channel: int) -> Mark: ...
 
@@ -91,11 +95,13 @@ class Mailboxes:
         leaving = [(rank, self._pieces(tensor)) for rank, tensor in out]
         arriving = [(rank, self._pieces(tensor)) for rank, tensor in into]
         longest = max((len(pieces) for _, pieces in (*leaving, *arriving)), default=0)
-        with self.board.stream(channel):
-            for number in range(longest):
+        self.board.begin(channel)
+        for number in range(longest):
+            with self.board.stream(channel, _WRITE):
                 for rank, pieces in leaving:
                     if number < len(pieces):
                         self._send(rank, pieces[number], channel)
+            with self.board.stream(channel, _READ):
                 for rank, pieces in arriving:
                     if number < len(pieces):
                         self._receive(rank, pieces[number], channel)
@@ -167,7 +173,9 @@ class DeviceBoard:
             ]
             pad = self._handle.get_signal_pad(self.rank, (self.size * PADS,), torch.int32)
             self._pad: torch.Tensor = pad
-            self._lanes = [torch.cuda.Stream(device, priority=-1) for _ in range(CHANNELS)]
+            self._lanes = [
+                [torch.cuda.Stream(device, priority=-1) for _ in LANES] for _ in range(CHANNELS)
+            ]
             self._rescue = torch.cuda.Stream(device, priority=-1)
             self._warm_up()
 
@@ -183,17 +191,16 @@ class DeviceBoard:
         first = slot_index(owner, writer, channel, parity) * self.slot_bytes
         return self._inboxes[owner][first : first + self.slot_bytes]
 
-    @contextlib.contextmanager
-    def stream(self, channel: int) -> Iterator[None]:
-        lane = self._lanes[channel]
-        lane.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(lane):
-            yield
+    def begin(self, channel: int) -> None:
+        issued = torch.cuda.current_stream(self.device).record_event()
+        for stream in self._lanes[channel]:
+            stream.wait_event(issued)
+
+    def stream(self, channel: int, lane: int) -> contextlib.AbstractContextManager[None]:
+        return torch.cuda.stream(self._lanes[channel][lane])
 
     def mark(self, channel: int) -> DeviceMark:
-        event = torch.cuda.Event()
-        event.record(self._lanes[channel])
-        return DeviceMark(event, self.device)
+        return DeviceMark([stream.record_event() for stream in self._lanes[channel]], self.device)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source, non_blocking=True)
@@ -208,23 +215,28 @@ class DeviceBoard:
         # What arrives is garbage, and nobody gets it: `check` comes before any result.
         deadline = time.monotonic() + _RELEASE_S
         with torch.cuda.stream(self._rescue):
-            while time.monotonic() < deadline and not all(lane.query() for lane in self._lanes):
+            while time.monotonic() < deadline and not self._idle():
                 self._pad.fill_(1)
                 self._rescue.synchronize()
 
+    def _idle(self) -> bool:
+        return all(stream.query() for lanes in self._lanes for stream in lanes)
+
 
 class DeviceMark:
-    """An event on a channel's stream."""
+    """An event on every stream of a channel."""
 
-    def __init__(self, event: torch.cuda.Event, device: torch.device):
-        self._event = event
+    def __init__(self, events: Sequence[Any], device: torch.device):
+        self._events = events
         self._device = device
 
     def join(self) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._event)
+        stream = torch.cuda.current_stream(self._device)
+        for event in self._events:
+            stream.wait_event(event)
 
     def done(self) -> bool:
-        return self._event.query()
+        return all(event.query() for event in self._events)
 
 
 class SymmetricMesh(ProcessMesh):
