@@ -53,7 +53,7 @@ def test_a_network_joins_the_nodes_that_no_link_joins():
 
 @pytest.mark.parametrize(
     ("short", "match"),
-    [([[2048, 1.0], [1024, 0.5]], "must rise"), ([[1024, 1.5]], "not above 1")],
+    [([[2048, 1, 1], [1024, 0.5, 0.5]], "must rise"), ([[1024, 1, 1.5]], "not above 1")],
 )
 def test_a_kernel_curve_is_checked(short, match):
     rates = {"forward": "1 TFLOP/s", "backward": "1 TFLOP/s", "source": "invented"}

@@ -120,10 +120,14 @@ def test_out_of_node_blocks_by_order_of_ranks(order, blocks):
 
 def test_short_blocks_are_slower():
     kernel = Kernel(
-        forward="1 TFLOP/s", backward="1 TFLOP/s", short=((1024, 0.5), (4096, 1.0)), source="x"
+        forward="1 TFLOP/s",
+        backward="1 TFLOP/s",
+        short=((1024, 0.5, 0.4), (4096, 1.0, 0.8)),
+        source="x",
     )
     parts = [part_of_rate(kernel, rows) for rows in (512, 1024, 2048, 4096, 9999)]
     assert parts == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert part_of_rate(kernel, 2048, back=True) == pytest.approx(0.6)
 
 
 def test_rows_of_a_kernel_block():

@@ -27,19 +27,20 @@ class _Frozen(BaseModel):
 class Kernel(_Frozen):
     """FLOP/s that attention kernels reach: forward and backward, both on blocks of many rows.
 
-    `short` lists (rows, part of the rate) of smaller blocks, in rows of the shorter side; between
-    two entries the part follows the logarithm of the rows, below the first it falls in proportion.
+    `short` lists (rows, part of the forward rate, of the backward rate) of smaller blocks, in rows
+    of the shorter side; between two entries a part follows the logarithm of the rows, below the
+    first it falls in proportion.
     """
 
     forward: FlopRate = Field(gt=0)
     backward: FlopRate = Field(gt=0)
-    short: tuple[tuple[int, float], ...] = ()
+    short: tuple[tuple[int, float, float], ...] = ()
     source: str
 
     @model_validator(mode="after")
     def _rising(self) -> Kernel:
         rows = [entry[0] for entry in self.short]
-        parts = [entry[1] for entry in self.short]
+        parts = [part for entry in self.short for part in entry[1:]]
         if rows != sorted(set(rows)) or min(rows, default=1) < 1:
             raise ValueError(f"short: rows {rows} must rise from at least 1")
         if not all(0 < part <= 1 for part in parts):

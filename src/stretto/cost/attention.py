@@ -59,9 +59,9 @@ def kernel_of(device: Device, dtype: str) -> Kernel:
     return Kernel(forward=forward, backward=backward, source=source)
 
 
-def part_of_rate(kernel: Kernel, rows: float) -> float:
+def part_of_rate(kernel: Kernel, rows: float, *, back: bool = False) -> float:
     """What blocks of `rows` rows on the shorter side leave of the kernel's rate."""
-    points = kernel.short
+    points = [(entry[0], entry[2 if back else 1]) for entry in kernel.short]
     if not points or rows >= points[-1][0]:
         return points[-1][1] if points else 1.0
     if rows <= points[0][0]:
@@ -85,7 +85,7 @@ def kernel_seconds(
 ) -> list[float]:
     """Seconds of each step's kernels, from the (query, key) pairs of its busiest rank."""
     flops = 4 * call.batch * call.head_dim * (call.heads // context.ulysses)
-    rate = part_of_rate(kernel, block_rows(context, call))
+    rate = part_of_rate(kernel, block_rows(context, call), back=back)
     rate *= kernel.backward if back else kernel.forward
     flops *= BACKWARD_FLOPS if back else 1.0
     return [flops * each / rate for each in pairs]
