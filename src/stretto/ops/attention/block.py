@@ -66,6 +66,12 @@ class Block:
         return block
 
     @classmethod
+    def resting(cls, rows: Spans, parts: dict[str, Tensor]) -> Block:
+        """Contiguous tensors as they are, for a block that is never sent whole."""
+        buffer = next(iter(parts.values())).new_empty(0, dtype=torch.uint8)
+        return cls(rows, buffer, parts)
+
+    @classmethod
     def joined(cls, rows: Spans, blocks: Iterable[Block]) -> Block:
         """One block of all rows of disjoint blocks, together `rows`."""
         blocks = list(blocks)

@@ -90,10 +90,10 @@ def backward_rank(dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
 def _forward(job: Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None, Saved]:
     plan = job.schedule.forward
     moves = list(plan.before)
-    own_q = heads_exchanged(job, _taken(moves, "heads", 1), {"q": rows_first(q)})
-    own_kv = heads_exchanged(
-        job, _taken(moves, "heads", 1), {"k": rows_first(k), "v": rows_first(v)}
-    )
+    heads = _taken(moves, "heads")
+    coming_q = heads_exchanged(job, heads[:1], {"q": rows_first(q)})
+    coming_kv = heads_exchanged(job, heads[1:], {"k": rows_first(k), "v": rows_first(v)})
+    own_q, own_kv = coming_q.wait(), coming_kv.wait()
     kept: list[Block] = []
     walk = Walk(job, plan, kept)
     rows = Gathering(job, moves, own_q)
@@ -108,10 +108,10 @@ def _forward(job: Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor 
     return result, None if home_lse is None else public(home_lse), saved
 
 
-def _taken(moves: list[Move], phase: str, count: int | None = None) -> list[Move]:
-    """Remove the leading moves of a phase, at most `count`."""
+def _taken(moves: list[Move], phase: str) -> list[Move]:
+    """Remove the leading moves of a phase."""
     taken = []
-    while moves and moves[0].phase == phase and (count is None or len(taken) < count):
+    while moves and moves[0].phase == phase:
         taken.append(moves.pop(0))
     return taken
 
@@ -171,7 +171,7 @@ def _out_home(
     (move,) = moves
     held = {"out": out, "lse": lse}
     block = Block.of(job.schedule.q, {name: held[name] for name in move.tensors})
-    parts = heads_home(job, move, block)
+    parts = heads_home(job, move, block).wait()
     return side_by_side(parts, "out"), side_by_side(parts, "lse") if case.return_lse else None
 
 
@@ -181,13 +181,7 @@ def _out_home(
 def _backward(job: Job, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     plan = job.schedule.backward
     moves = list(plan.before)
-    dout_LBHD = rows_first(dout).contiguous()
-    delta = backends.delta(dout_LBHD, rows_first(saved.out).contiguous())
-    came = heads_exchanged(job, _taken(moves, "back-heads"), {"dout": dout_LBHD, "delta": delta})
-    known = {"q": saved.q["q"], "lse": saved.lse, "dout": came["dout"], "delta": came["delta"]}
-    own = Block(saved.q.rows, saved.q.buffer, known)
-    if plan.moving == "q" or any("dout" in move.tensors for move in moves):
-        own = Block.of(saved.q.rows, known)
+    own = _queries(job, moves, dout, saved, travel=plan.moving == "q")
     rows, walk = Gathering(job, moves, own), Walk(job, plan, list(saved.kept))
     first = _keys_gathered(job, moves, saved.kv)
     if plan.moving == "q":
@@ -200,10 +194,32 @@ def _backward(job: Job, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Ten
     return _gradients_home(job, list(plan.after), dq, sums)
 
 
+def _queries(job: Job, moves: list[Move], dout: Tensor, saved: Saved, *, travel: bool) -> Block:
+    """What gradients need of own queries after the exchange of heads; see `_stand_in`."""
+    heads = _taken(moves, "back-heads")
+    dout_LBHD, out_LBHD = rows_first(dout).contiguous(), rows_first(saved.out).contiguous()
+    known = {"q": saved.q["q"], "lse": saved.lse, "dout": dout_LBHD}
+    travel = travel or any("dout" in move.tensors for move in moves)
+    if not heads and not travel:
+        return Block.resting(saved.q.rows, known | {"out": out_LBHD})
+    known["delta"] = backends.delta(dout_LBHD, out_LBHD)
+    if heads:
+        came = heads_exchanged(job, heads, {name: known[name] for name in ("dout", "delta")})
+        known |= came.wait().parts
+    return Block.of(saved.q.rows, known) if travel else Block.resting(saved.q.rows, known)
+
+
+def _stand_in(queries: Block) -> Tensor:
+    """The output, where it is at hand; else what has the same sums with dO."""
+    if "out" in queries.parts:
+        return queries["out"]
+    return backends.surrogate(queries["dout"], queries["delta"])
+
+
 def _backward_moving_keys(walk: Walk, queries: Block) -> tuple[Block, Block]:
     """dQ of the team's rows, and the sums of dK and dV that ended up with this rank."""
     job = walk.job
-    stand_in = backends.surrogate(queries["dout"], queries["delta"])
+    stand_in = _stand_in(queries)
     dq = job.sums(queries.rows, "dq")
     home = returning(job, walk.plan)
     for step, block in walk:
@@ -237,7 +253,7 @@ def _backward_moving_queries(walk: Walk, keys: Block) -> tuple[Block, Block]:
             block["q"],
             keys["k"],
             keys["v"],
-            backends.surrogate(block["dout"], block["delta"]),
+            _stand_in(block),
             block["lse"],
             step.pieces,
             job.scale,
@@ -262,7 +278,8 @@ def _gradients_home(
     if not moves:
         return public(dq["dq"]), public(sums["dk"]), public(sums["dv"])
     of_q, of_kv = moves
-    dq_parts, kv_parts = heads_home(job, of_q, dq), heads_home(job, of_kv, sums)
+    coming = heads_home(job, of_q, dq), heads_home(job, of_kv, sums)
+    dq_parts, kv_parts = (parts.wait() for parts in coming)
     grads = (
         side_by_side(dq_parts, "dq"),
         overlaid(job, kv_parts, "dk"),

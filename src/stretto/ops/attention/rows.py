@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stretto.mesh.mesh import Pending
 from stretto.ops.attention.block import Block
 from stretto.ops.attention.job import Arrival, Job
 from stretto.plan.column import kv_heads, union
@@ -61,16 +62,16 @@ def summed(job: Job, moves: list[Move], block: Block) -> Block:
     return block
 
 
-def heads_exchanged(job: Job, moves: list[Move], tensors: dict[str, Tensor]) -> Block:
+def heads_exchanged(job: Job, moves: list[Move], tensors: dict[str, Tensor]) -> Pending[Block]:
     """Own rows with all heads, (L, B, heads, ...), as a block of more rows with a share of them.
 
-    Without moves the block of one's own rows.
+    Under way when it returns. Without moves the block of one's own rows.
     """
     case, context = job.schedule.case, job.schedule.context
     of_keys = "k" in tensors
     own = (case.kv_rows if of_keys else case.q_rows)[case.rank]
     if not moves:
-        return Block.of(own, tensors)
+        return Pending(lambda: Block.of(own, tensors))
     (move,) = moves
 
     def share(rank: int) -> Block:
@@ -79,18 +80,21 @@ def heads_exchanged(job: Job, moves: list[Move], tensors: dict[str, Tensor]) -> 
 
     sends = {peer: share(peer) for peer in move.sends}
     mine = share(case.rank % context.ulysses)
-    arrived = job.start(move, sends, mine.specs).wait()
+    coming = job.start(move, sends, mine.specs)
     rows = job.schedule.kv if of_keys else job.schedule.q
-    return Block.joined(rows, [mine, *arrived.values()])
+    return Pending(lambda: Block.joined(rows, [mine, *coming.wait().values()]))
 
 
-def heads_home(job: Job, move: Move, block: Block) -> dict[int, Block]:
-    """A share of heads of more rows, as own rows by Ulysses rank, whose heads they are."""
+def heads_home(job: Job, move: Move, block: Block) -> Pending[dict[int, Block]]:
+    """A share of heads of more rows, as own rows by Ulysses rank, whose heads they are.
+
+    Under way when it returns.
+    """
     case, context = job.schedule.case, job.schedule.context
     own = (case.kv_rows if move.tensors[0] == "dk" else case.q_rows)[case.rank]
-    parts = job.hand(move, block).wait()
-    parts[case.rank % context.ulysses] = block.select(own)
-    return parts
+    coming = job.hand(move, block)
+    mine = {case.rank % context.ulysses: block.select(own)}
+    return Pending(lambda: coming.wait() | mine)
 
 
 def _heads_of(job: Job, rank: int, *, keys: bool) -> tuple[int, int]:
