@@ -19,6 +19,9 @@ from stretto.mesh.mesh import Mesh
 from stretto.ops.attention import backends
 from stretto.ops.attention.block import Block
 from stretto.ops.attention.rank import Saved, backward_rank, forward_rank
+from stretto.ops.attention.sinks import check as check_sinks
+from stretto.ops.attention.sinks import gradient as gradient_of_sinks
+from stretto.ops.attention.sinks import joined
 from stretto.plan.context import AttentionCase, Context, Tile
 from stretto.plan.ranges import Mask
 
@@ -42,6 +45,7 @@ def attention(
     backend: str = "auto",
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Any:
     """Exact softmax attention over a sequence split along mesh["cp"], differentiable.
 
@@ -56,7 +60,8 @@ def attention(
     only the last `window` of those (both sides without causal); `documents`: lengths that sum to
     the keys of the whole sequence, attention stays within each. `tokens`: lengths of the whole
     sequence, of queries and keys if they differ; None asks the other ranks, one small message per
-    call, unless `documents` tell. `scale` is D**-0.5.
+    call, unless `documents` tell. `scale` is D**-0.5. `sinks` (H,): a logit per query head that
+    joins every softmax and has no value; differentiable, gradients are this rank's share.
 
     Sends plan.wire(case) bytes per rank, nothing on one. Results do not depend on timing. The
     first call of a kind compares plan and case among the ranks.
@@ -66,6 +71,8 @@ def attention(
     """
     _refuse(attn_mask, dropout_p)
     _check_tensors(q, k, v)
+    if sinks is not None:
+        check_sinks(sinks, q)
     context = _context(mesh, plan)
     asked = None if documents is None else tuple(int(n) for n in documents)
     mask = Mask(causal=causal, window=window, q_offset=q_offset, documents=asked)
@@ -75,13 +82,15 @@ def attention(
     settings = (shapes, scale, str(q.dtype), backend)
     lengths, held = _lengths(mesh, context, mask, tokens, (q, k), settings)
     rank = mesh.rank("cp") if mesh is not None and context.degree > 1 else 0
-    case = _case(context, *lengths, shapes, q.element_size(), mask, rank, return_lse)
+    with_lse = return_lse or sinks is not None
+    case = _case(context, *lengths, shapes, q.element_size(), mask, rank, with_lse)
     _check_rows(case, context, held or {rank: (q.shape[2], k.shape[2])})
     settings = (mesh if context.degree > 1 else None, context, case, scale, backend)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        out, lse = _Attention.apply(q, k, v, settings)
+    inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        out, lse = _Attention.apply(q, k, v, sinks, settings)
     else:
-        out, lse, _ = _forward(q, k, v, settings)
+        out, lse, _ = _forward(q, k, v, sinks, settings)
     return (out, lse) if return_lse else out
 
 
@@ -92,12 +101,13 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, settings):
-        out, lse, saved = _forward(q, k, v, settings)
+    def forward(ctx, q, k, v, sinks, settings):
+        out, lse, saved = _forward(q, k, v, sinks, settings)
         blocks = [saved.q, saved.kv, *saved.kept]
         ctx.frames = [(block.rows, block.specs) for block in blocks]
         ctx.job, ctx.settings = saved.job, settings
-        ctx.save_for_backward(out, saved.lse, *(block.buffer for block in blocks))
+        stats = (sinks, None if sinks is None else lse)
+        ctx.save_for_backward(*stats, out, saved.lse, *(block.buffer for block in blocks))
         if lse is not None:
             ctx.mark_non_differentiable(lse)
         return out, lse
@@ -105,7 +115,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grad_outputs):  # pyrefly: ignore[bad-override]
-        out, lse, *buffers = ctx.saved_tensors
+        sinks, home_lse, out, lse, *buffers = ctx.saved_tensors
         q, kv, *kept = (
             Block.over(rows, buffer, specs)
             for (rows, specs), buffer in zip(ctx.frames, buffers, strict=True)
@@ -113,15 +123,22 @@ class _Attention(torch.autograd.Function):
         saved = Saved(ctx.job, q, kv, out, lse, kept)
         dout, _ = grad_outputs  # lse is not differentiable
         with _ending_peers(ctx.settings[0], "attention backward"):
-            return *backward_rank(dout, saved), None
+            grads = backward_rank(dout, saved)
+        dsinks = None if sinks is None else gradient_of_sinks(dout, out, home_lse, sinks)
+        return *grads, dsinks, None
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, settings: tuple) -> tuple:
+def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, settings: tuple) -> tuple:
     mesh, context, case, scale, backend = settings
     with _ending_peers(mesh, "attention forward"):
-        return forward_rank(
+        out, lse, saved = forward_rank(
             q, k, v, mesh=mesh, context=context, case=case, scale=scale, backend=backend
         )
+    if sinks is None:
+        return out, lse, saved
+    assert lse is not None, "sinks ask for the log-sum-exp"
+    with torch.no_grad():
+        return joined(out, lse, saved, sinks)
 
 
 def _ending_peers(mesh: Mesh | None, what: str):
