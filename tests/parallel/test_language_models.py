@@ -42,6 +42,7 @@ def ids(batch=2, tokens=22, seed=0):
         pytest.param("deepseek_v3", id="keys wider than values"),
         pytest.param("roberta", id="positions from pad + 1"),
         pytest.param("gpt2", id="learned positions"),
+        pytest.param("gpt_oss", id="sinks"),
     ],
 )
 def test_family_equals_one_rank(family):
@@ -64,7 +65,7 @@ def test_plans_agree(plan):
         ("lfm2", "model.layers.0.conv.out_proj (Linear) mixes tokens outside the attention"),
         ("qwen3_next", "linear_attn"),
         ("gemma2", "Gemma2Attention passes softcap"),
-        ("gpt_oss", "GptOssAttention passes s_aux"),
+        ("inkling_text", "InklingAttention passes position_bias"),
         ("bart", "takes no position_ids"),
         ("bloom", "attends outside transformers' attention interface"),
         ("deepseek_v32", "fails under the attention interface with TypeError"),

@@ -121,8 +121,12 @@ def _tokens(model: nn.Module, numbers: Sequence[int]) -> torch.Tensor:
             f"{type(model).__name__} has no weights yet\n  why: examining it needs values\n"
             "  to fix: materialise it first, or check=False for a model that was examined before"
         )
-    size = getattr(model.config.get_text_config(), "vocab_size", 100)
+    size = getattr(_text_config(model), "vocab_size", 100)
     return torch.tensor([[(10 + n) % size for n in numbers]], device=device)
+
+
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config()
 
 
 @contextlib.contextmanager
@@ -231,7 +235,7 @@ def _origin(model, watch, ids, whole: Trace) -> int:
     rows = list(range(TOKENS))
     if _first_difference(whole, free, rows, rows) is None:
         return 0
-    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    pad = getattr(_text_config(model), "pad_token_id", None)
     for origin in dict.fromkeys((1, 2, (pad or 0) + 1)):
         told = _run(model, watch, ids, range(origin, origin + TOKENS))
         if _first_difference(told, free, rows, rows) is None:

@@ -9,6 +9,7 @@ Source: transformers 5.24, AttentionInterface and AttentionMaskInterface.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,10 @@ import torch
 from torch import nn
 
 from stretto.errors import UnsupportedModel
-from stretto.parallel.context import Binding, whole
+from stretto.mesh.local import LocalWorld
+from stretto.parallel.context import Binding
 from stretto.parallel.layouts.masks import Visible, refuse_padding, visible
+from stretto.plan.context import Context
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -76,29 +79,30 @@ def attend(
     A layer without a binding, whose model shares its configuration with a bound one, computes on
     its own. Raises UnsupportedModel for dropout, dense masks and options that are no plain softmax.
     """
-    binding: Binding | None = module.__dict__.get(SEAT)
+    binding: Binding = module.__dict__.get(SEAT) or _alone()
     seen = _seen(module, attention_mask, options)
+    sinks = options.pop("s_aux", None)
     _refuse(module, dropout, options)
     documents = _documents(binding, options)
-    if binding is not None and binding.watch is not None:
+    if binding.watch is not None:
         out = binding.watch.attend(module, query_BHTD, key_BGTD, value_BGTD)
-    elif binding is None:
-        tokens = key_BGTD.shape[2]
-        mask = {"documents": documents or seen.documents(tokens), "scale": scaling}
-        out = whole(
-            query_BHTD, key_BGTD, value_BGTD, causal=seen.causal, window=seen.window, **mask
+        return out.transpose(1, 2).contiguous(), None
+    queries, keys = query_BHTD.shape[2], key_BGTD.shape[2]
+    if queries != keys:
+        raise UnsupportedModel(
+            f"{type(module).__name__}: {queries} queries on {keys} keys of another sequence or of "
+            "a cache, which no plan has split"
         )
-    else:
-        if query_BHTD.shape[2] != key_BGTD.shape[2]:
-            raise UnsupportedModel(
-                f"{type(module).__name__}: {query_BHTD.shape[2]} queries on {key_BGTD.shape[2]} "
-                "keys of another sequence or of a cache, which no plan has split"
-            )
-        mask = {"documents": _with_chunks(binding, seen, documents), "scale": scaling}
-        out = binding.attend(
-            query_BHTD, key_BGTD, value_BGTD, causal=seen.causal, window=seen.window, **mask
-        )
+    mask = {"causal": seen.causal, "window": seen.window, "scale": scaling, "sinks": sinks}
+    mask["documents"] = _with_chunks(seen, documents, binding.call.get("tokens", keys))
+    out = binding.attend(query_BHTD, key_BGTD, value_BGTD, **mask)
     return out.transpose(1, 2).contiguous(), None
+
+
+@functools.cache
+def _alone() -> Binding:
+    """For layers that no plan is bound to: one rank."""
+    return Binding(LocalWorld({}).mesh(0), Context())
 
 
 def _seen(module: nn.Module, attention_mask: Any, options: dict[str, Any]) -> Visible:
@@ -135,10 +139,9 @@ def _says(value: Any) -> bool:
     return value is not None and value is not False and not (isinstance(value, tuple) and not value)
 
 
-def _documents(binding: Binding | None, options: dict[str, Any]) -> tuple[int, ...] | None:
+def _documents(binding: Binding, options: dict[str, Any]) -> tuple[int, ...] | None:
     documents = options.get("documents")
-    expected = None if binding is None else binding.call.get("documents")
-    if documents is None and expected is not None:
+    if documents is None and binding.call.get("documents") is not None:
         raise UnsupportedModel(
             "the model takes documents but does not hand them to its attention layers, so packed "
             "sequences would see one another\n  to fix: one sequence per row, without documents"
@@ -147,14 +150,14 @@ def _documents(binding: Binding | None, options: dict[str, Any]) -> tuple[int, .
 
 
 def _with_chunks(
-    binding: Binding, seen: Visible, documents: tuple[int, ...] | None
+    seen: Visible, documents: tuple[int, ...] | None, tokens: int
 ) -> tuple[int, ...] | None:
     """Documents of this layer; chunks are documents, of the whole sequence's length."""
     if seen.chunk is None:
         return documents
     if documents is not None:
         raise UnsupportedModel("chunked attention inside packed documents: pass one sequence")
-    return seen.documents(binding.call["tokens"])
+    return seen.documents(tokens)
 
 
 def register() -> None:
