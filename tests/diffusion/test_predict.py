@@ -224,7 +224,7 @@ def test_only_the_needed_history_is_kept():
     predictor = make_predictor("damped")
     alive = tensors(9)
     feed(predictor, alive, [1, 1, 3, 4])
-    kept = {id(g) for _, g in predictor._known + predictor._base}
+    kept = {id(g) for _, g in predictor._known}
     assert kept == {id(alive[7]), id(alive[8])}
 
 

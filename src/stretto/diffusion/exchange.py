@@ -98,7 +98,8 @@ def check_finite(
                     "infinity; use a wider dtype (bfloat16 or float32) or a smaller guidance scale"
                 )
 
-    deferred.check(torch.stack([torch.isfinite(p).all() for p in predictions]), check)
+    finite = torch.isfinite(torch.stack(list(predictions)))
+    deferred.check(finite.flatten(1).all(1), check)
 
 
 def digest(*tensors: Tensor) -> bytes:

@@ -17,11 +17,13 @@ class Handover:
     def __init__(self, randomness: Randomness):
         self._randomness = randomness
         self._result: Any = None
+        self._version: int | None = None
         self._recurrent: dict[str, int] = {}
 
     def leave(self, result: Any) -> None:
         """A step returned `result`; from here on random draws are the pipeline's own."""
         self._result = result
+        self._version = _version(sample_of(result))
         self._randomness.mark()
 
     def find_recurrent(self, call: StepCall) -> None:
@@ -36,11 +38,16 @@ class Handover:
     def edited(self, call: StepCall) -> Tensor | None:
         """Did the pipeline change latents, or draw random numbers, since the step before?
 
-        A tensor of one truth value on the device of the latents; None before the second step.
+        A tensor of one truth value on the device of the latents; None before the second step, and
+        where the very tensor that the step returned comes back, unwritten.
         """
         if self._result is None:
             return None
         before = sample_of(self._result)
+        version = _version(before)
+        is_untouched = before is call.sample and version is not None and version == self._version
+        if is_untouched and not self._randomness.moved():
+            return None
         if before.shape != call.sample.shape or self._randomness.moved():
             return torch.ones((), dtype=torch.bool)
         return (before.to(call.sample.dtype) != call.sample).any()
@@ -49,3 +56,8 @@ class Handover:
         """A recorded call on the true sample, cast as the pipeline cast it, with carried extras."""
         carried = {name: extras_of(result)[k] for name, k in self._recurrent.items()}
         return call.replaced(sample=sample_of(result).to(call.sample.dtype), **carried)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """A count of writes into a tensor; None in inference mode, which keeps none."""
+    return None if tensor.is_inference() else tensor._version

@@ -54,7 +54,7 @@ class Extrapolation:
     known. b_h, one number per horizon, is 1 undamped, stored, or fitted by least squares to what
     the last window that reached horizon h turned out to be (0.5 before, clipped to [0, 1]).
     Exact for predictions that are polynomials of `order` in s (undamped); order 0 repeats.
-    Predictions are kept by reference, order + 1 of them and as many more for the fit.
+    Kept are order + 1 predictions by reference, and in wide dtype what they differ by.
     Source: design brief of step parallelism, section 5.7.
     """
 
@@ -69,10 +69,12 @@ class Extrapolation:
     def reset(self) -> None:
         """Forget everything: a new generation starts."""
         self._known: list[tuple[float, Tensor]] = []
-        self._base: list[tuple[float, Tensor]] = []
+        self._line: _Line | None = None
+        self._base: _Line | None = None
         self._past_base = 0
         self._num_appended = 0
         self._fits: dict[int, Tensor] = {}
+        self._unsolved: dict[int, Tensor] = {}
 
     @property
     def damping(self) -> dict[int, float]:
@@ -89,11 +91,12 @@ class Extrapolation:
         """
         self._num_appended += 1
         self._past_base += 1
-        if self._is_fitted and len(self._base) == 2:
-            self._fit(s, g)
+        if self._is_fitted and self._base is not None:
+            self._unsolved[self._past_base] = self._base.slope_to(s, g)
         others = [entry for entry in self._known if entry[0] != s]
         self._known = [*others, (s, g)][-(self._order + 1) :]
-        if self._is_fitted and len(self._base) < 2:
+        self._line = None
+        if self._is_fitted and self._base is None:
             # Too early to fit from what preceded the window: fit from its own first predictions.
             self._rebase()
 
@@ -105,6 +108,7 @@ class Extrapolation:
         assert self._num_appended == start + size, (
             f"window {start}+{size} closes, but {self._num_appended} predictions were appended"
         )
+        self._solve()
         self._rebase()
 
     def guess(self, s: float, horizon: int, *, own_output: Tensor | None = None) -> Tensor:
@@ -116,12 +120,13 @@ class Extrapolation:
         """
         assert self._known, "the first step of a run is exact: nothing is known to guess from"
         last = self._known[-1][1]
-        change = _change(self._known, s)
-        if change is None:
+        if len(self._known) == 1:
             return last
+        line = self._current()
+        change = line.change(s)
         if self._stored is not None or self._is_fitted:
             change = change * self._damping_at(horizon)
-        return (last.to(change.dtype) + change).to(last.dtype)
+        return (line.last + change).to(last.dtype)
 
     def _damping_at(self, horizon: int) -> Tensor | float:
         if self._stored is None:
@@ -134,20 +139,63 @@ class Extrapolation:
             )
         return self._stored[horizon - 1]
 
-    def _rebase(self) -> None:
-        self._base, self._past_base = list(self._known), 0
+    def _current(self) -> _Line:
+        """The line through all that is known, made once until the next prediction comes."""
+        if self._line is None:
+            self._line = _Line(self._known)
+        return self._line
 
-    def _fit(self, s: float, g: Tensor) -> None:
-        """Least squares for b in g = g_last + b * change, seen from the predictions in _base."""
-        change = _change(self._base, s)
-        if change is None:
+    def _rebase(self) -> None:
+        self._past_base = 0
+        self._base = self._current() if self._is_fitted and len(self._known) == 2 else None
+
+    def _solve(self) -> None:
+        """Least squares for b in g = last + b * change, all horizons of a window in one go.
+
+        No branch on a device value: it would wait for the device.
+        """
+        if not self._unsolved:
             return
-        actual = g.to(change.dtype) - self._base[-1][1].to(change.dtype)
-        square = (change * change).sum()
-        fit = ((change * actual).sum() / square).clamp(0, 1)
-        # No branch on a device value: it would wait for the device once per step.
-        earlier = self._fits.get(self._past_base, torch.full_like(fit, _UNFITTED))
-        self._fits[self._past_base] = torch.where(square > 0, fit, earlier)
+        slopes = torch.stack(list(self._unsolved.values()))
+        unfitted = slopes.new_tensor(_UNFITTED)
+        earlier = torch.stack([self._fits.get(h, unfitted) for h in self._unsolved])
+        # 0 / 0 where the base does not change: nothing is learned, what was fitted before stays.
+        fits = torch.where(slopes.isfinite(), slopes.clamp(0, 1), earlier)
+        self._fits.update(zip(self._unsolved, fits.unbind(), strict=True))
+        self._unsolved = {}
+
+
+class _Line:
+    """Polynomial through predictions with distinct abscissas, as changes from the newest.
+
+    Lagrange weights sum to 1, so differences from the newest prediction carry all of it and a
+    constant is reproduced bitwise. Sums are float32 (float64 for float64).
+    """
+
+    def __init__(self, known: Sequence[tuple[float, Tensor]]):
+        dtype = torch.promote_types(known[-1][1].dtype, torch.float32)
+        self.last = known[-1][1].to(dtype)
+        self._abscissas = [s for s, _ in known]
+        self._differences = [g.to(dtype) - self.last for _, g in known[:-1]]
+        self._square: Tensor | None = None
+
+    def change(self, s: float) -> Tensor:
+        """The polynomial at s, less the newest prediction."""
+        parts = [d * self._weight(i, s) for i, d in enumerate(self._differences)]
+        return sum(parts[1:], parts[0])
+
+    def slope_to(self, s: float, g: Tensor) -> Tensor:
+        """b of least squares in g = last + b * change(s), for a straight line; a device scalar."""
+        (difference,) = self._differences
+        if self._square is None:
+            self._square = (difference * difference).sum()
+        along = (difference * (g.to(self.last.dtype) - self.last)).sum()
+        return along / (self._square * self._weight(0, s))
+
+    def _weight(self, index: int, s: float) -> float:
+        own = self._abscissas[index]
+        others = [other for at, other in enumerate(self._abscissas) if at != index]
+        return math.prod((s - other) / (own - other) for other in others)
 
 
 class OwnOutput:
@@ -197,23 +245,6 @@ def make_predictor(name: str, damping: Sequence[float] | None = None) -> Predict
     if name == "damped":
         return Extrapolation(1, fitted=True)
     return Extrapolation(0 if name == "repeat" else int(name.removeprefix("taylor-")))
-
-
-def _change(known: Sequence[tuple[float, Tensor]], s: float) -> Tensor | None:
-    """Polynomial through all of `known` (distinct abscissas) at s, less the newest; None: zero.
-
-    Lagrange weights sum to 1, so differences from the newest prediction carry all of it and a
-    constant is reproduced bitwise.
-    """
-    *earlier, (_, last) = known
-    dtype = torch.promote_types(last.dtype, torch.float32)
-    total = None
-    for index, (own_s, g) in enumerate(earlier):
-        others = [other for at, (other, _) in enumerate(known) if at != index]
-        weight = math.prod((s - other) / (own_s - other) for other in others)
-        part = (g.to(dtype) - last.to(dtype)) * weight
-        total = part if total is None else total + part
-    return total
 
 
 def _check_damping(name: str, damping: Sequence[float]) -> None:
