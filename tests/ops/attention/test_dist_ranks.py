@@ -22,7 +22,7 @@ def one_rank(mesh, contexts, inputs):
         case, counting, rank = inputs.case(context), CountingMesh(mesh), mesh.rank("cp")
         at = indices(case.q_rows[rank]), indices(case.kv_rows[rank])
         job = {"mesh": counting, "context": context, "case": case.at(rank)}
-        found.append((rank, part(inputs, *at, **job), counting.traffic))
+        found.append((rank, part(inputs, *at, **job), (counting.traffic, counting.calls)))
     return found
 
 

@@ -87,6 +87,7 @@ class Whole:
     results: tuple
     traffic: dict = field(default_factory=dict)
     declared: dict = field(default_factory=dict)
+    calls: list = field(default_factory=list)
 
     def assert_close(self, inputs):
         """As near to the truth as one device is, three times that at most; float64: 1e-12."""
@@ -95,7 +96,9 @@ class Whole:
             assert_close(got, base, ref, factor=3.0, what=name)
 
     def assert_bytes(self):
+        """As declared; and all ranks take part in everything, as communicators need it."""
         assert self.traffic == self.declared
+        assert all(calls == self.calls[0] for calls in self.calls)
 
 
 def indices(rows):
@@ -114,7 +117,7 @@ def run_whole(context, inputs, *, sizes=None, backend="auto", return_lse=True):
         rank = mesh.rank("cp")
         job = {"mesh": counting, "context": context, "case": case.at(rank), "backend": backend}
         found = part(inputs, q_at[rank], k_at[rank], **job)
-        return rank, found, counting.traffic
+        return rank, found, (counting.traffic, counting.calls)
 
     parts = LocalWorld(sizes or context.sizes, timeout_s=60).run(body)
     return joined(context, case, parts, q_at, k_at)
@@ -142,6 +145,6 @@ def joined(context, case, parts, q_at, k_at):
         ordered = torch.empty_like(together)
         ordered[:, :, places] = together
         whole.append(ordered)
-    traffic = {rank: sent for rank, _, sent in parts}
+    traffic = {rank: sent for rank, _, (sent, _) in parts}
     declared = {rank: context.wire(case.at(rank)) for rank in traffic}
-    return Whole(tuple(whole), traffic, declared)
+    return Whole(tuple(whole), traffic, declared, [calls for _, _, (_, calls) in parts])

@@ -23,6 +23,7 @@ from stretto.ops.attention.rows import (
     heads_exchanged,
     heads_home,
     overlaid,
+    placed,
     side_by_side,
     summed,
     team_gathered,
@@ -59,7 +60,7 @@ def forward_rank(
     context: Context,
     case: AttentionCase,
     scale: float | None = None,
-    backend: str = "auto",
+    backend: str | backends.Backend = "auto",
 ) -> tuple[Tensor, Tensor | None, Saved]:
     """This rank's attention over the whole sequence.
 
@@ -121,8 +122,8 @@ def _keys_gathered(job: Job, moves: list[Move], kv: Block) -> Block:
     of_keys = [move for move in moves if move.verb == "all_gather" and move.tensors[0] == "k"]
     kv = team_gathered(job, of_keys, kv)
     for move in moves:
-        if move.verb == "permute" and move.sends:
-            kv = job.hand(move, kv).one()
+        if move.verb == "permute":
+            kv = placed(job, move, kv)
     return kv
 
 
@@ -270,8 +271,7 @@ def _gradients_home(
     dq = summed(job, _taken(moves, "back-row-out"), dq)
     for move in _taken(moves, "back-owner"):
         if move.verb == "permute":
-            gone = job.hand(move, sums.cast(job.wire)).one() if move.sends else sums
-            sums = gone.cast(job.wide)
+            sums = placed(job, move, sums, wire=job.wire).cast(job.wide)
         else:
             sums = summed(job, [move], sums)
     dq, sums = dq.cast(job.dtype), sums.cast(job.dtype)

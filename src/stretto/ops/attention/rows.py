@@ -48,6 +48,16 @@ def _with(block: Block, coming: Arrival) -> Block:
     return Block.joined(union(part.rows for part in blocks), blocks)
 
 
+def placed(job: Job, move: Move, block: Block, *, wire: torch.dtype | None = None) -> Block:
+    """What StarTrail's transpose brings here; on ranks that it leaves alone, the block itself.
+
+    Those take part too, with no message: a communicator is made by all ranks of an axis.
+    """
+    coming = job.hand(move, block.cast(wire) if wire and move.sends else block)
+    (brought,) = coming.wait().values() or (block,)
+    return brought
+
+
 def summed(job: Job, moves: list[Move], block: Block) -> Block:
     """Sums of more rows than this rank's to their owners, added there, the owner's own first."""
     for move in moves:
