@@ -7,7 +7,7 @@ scheduler steps, plus encoding and decoding. Bytes come from the options' own `w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stretto import axes
 from stretto.cluster.model import Cluster
@@ -146,5 +146,10 @@ class Windows:
         for place in self._places:
             step = self._plan.step.wire(self._steps_case(tuple(sizes), place["step"]))
             takes_part = sum(size == 1 or place["step"] < size for size in sizes)
-            found.append(step + self._plan.cfg.wire(self._cfg_case(takes_part, place["cfg"])))
+            case = self._cfg_case(takes_part, place["cfg"])
+            if self._plan.step.guesses == "own":
+                # Position r of a window is reached through r guesses.
+                own = place["step"]
+                case = replace(case, guesses=sum(own for size in sizes if own < size))
+            found.append(step + self._plan.cfg.wire(case))
         return tuple(found)

@@ -220,7 +220,8 @@ class GuidanceCase:
 
     `evaluations`: denoiser steps this rank takes part in; `calls`: denoiser calls per step;
     `rank`: position on the cfg axis; `raw_bytes`: one denoiser output; `guided_bytes`: one guided
-    prediction; `split`: batch or calls.
+    prediction; `split`: batch or calls. `guesses`: published guesses (predictor `own`) of this
+    rank's step position, each recombined from branches that only the leader holds.
     """
 
     evaluations: int
@@ -229,6 +230,7 @@ class GuidanceCase:
     raw_bytes: int
     guided_bytes: int
     split: str
+    guesses: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,7 +264,7 @@ class Guidance:
         if case.rank:
             traffic.add("guidance", "permute", "cfg", case.evaluations * own * case.raw_bytes)
         elif others:
-            sent = case.evaluations * others * case.guided_bytes
+            sent = (case.evaluations + case.guesses) * others * case.guided_bytes
             traffic.add("guidance", "broadcast", "cfg", sent)
         return traffic
 
