@@ -43,6 +43,7 @@ def ids(batch=2, tokens=22, seed=0):
         pytest.param("roberta", id="positions from pad + 1"),
         pytest.param("gpt2", id="learned positions"),
         pytest.param("gpt_oss", id="sinks"),
+        pytest.param("bart", id="positions told to a table"),
     ],
 )
 def test_family_equals_one_rank(family):
@@ -66,7 +67,7 @@ def test_plans_agree(plan):
         ("qwen3_next", "linear_attn"),
         ("gemma2", "Gemma2Attention passes softcap"),
         ("inkling_text", "InklingAttention passes position_bias"),
-        ("bart", "takes no position_ids"),
+        ("mamba", "takes no position_ids"),
         ("bloom", "attends outside transformers' attention interface"),
         ("deepseek_v32", "fails under the attention interface with TypeError"),
     ],

@@ -133,6 +133,9 @@ def _bind_language_model(
 
     causal_lm.check(model)
     stack.enter_context(causal_lm.bound(model, binding))
+    if "position_ids" not in causal_lm.parameters(model):
+        for part in causal_lm.position_tables(model):
+            stack.callback(causal_lm.told(part, binding).remove)
     found = probe.examine(model, binding) if check else probe.Findings()
     signature = inspect.signature(model.forward)
     entrance = Entrance(binding, signature, found.origin, found.sums_loss)

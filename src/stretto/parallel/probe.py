@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from stretto.errors import UnsupportedModel
 from stretto.parallel.context import Binding
-from stretto.parallel.layouts.causal_lm import parameters
+from stretto.parallel.layouts.causal_lm import parameters, position_tables
 
 #: Enough for two stretches per shard and for short convolutions to show.
 TOKENS = 12
@@ -57,6 +57,7 @@ class Findings:
 class Watch:
     """Stands in for attention: every token sees itself only; remembers what it was given."""
 
+    binding: Binding
     calls: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
 
     def attend(self, module, query, key, value) -> torch.Tensor:
@@ -92,10 +93,10 @@ def examine(model: nn.Module, binding: Binding) -> Findings:
 
     The model is bound already; it runs on its own device.
     """
-    watch = Watch()
+    watch = Watch(binding)
     name = type(model).__name__
     known = parameters(model)
-    if "position_ids" not in known:
+    if "position_ids" not in known and not position_tables(model):
         raise UnsupportedModel(
             f"{name}.forward takes no position_ids\n  why: a shard would count its tokens from 0"
         )
@@ -139,6 +140,7 @@ def _examined(model: nn.Module, binding: Binding, watch: Watch) -> Iterator[None
             yield
     finally:
         binding.watch = None
+        binding.call = {}
         for part, training in modes:
             part.training = training
 
@@ -147,7 +149,9 @@ def _run(model, watch: Watch, ids, positions: Sequence[int] | None, **more: Any)
     if "use_cache" in parameters(model):
         more["use_cache"] = False
     if positions is not None:
-        more["position_ids"] = torch.tensor([list(positions)], device=ids.device)
+        more |= _placed(model, watch, torch.tensor([list(positions)], device=ids.device))
+    else:
+        watch.binding.call = {}
     watch.calls = []
     with _recorded(model, ids.shape[1]) as outputs:
         try:
@@ -169,6 +173,14 @@ def _run(model, watch: Watch, ids, positions: Sequence[int] | None, **more: Any)
             "not a row per token"
         )
     return Trace(logits, watch.calls, outputs)
+
+
+def _placed(model, watch: Watch, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Arguments that give the model these positions, or none where its table is told them."""
+    if "position_ids" in parameters(model):
+        return {"position_ids": positions}
+    watch.binding.call = {"position_ids": positions}
+    return {}
 
 
 @contextlib.contextmanager
@@ -271,7 +283,7 @@ def _loss_adds_up(model, watch, ids, origin: int) -> bool:
         try:
             result = model(
                 input_ids=ids[:, rows],
-                position_ids=positions,
+                **_placed(model, watch, positions),
                 labels=own,
                 shift_labels=own,
                 num_items_in_batch=count,

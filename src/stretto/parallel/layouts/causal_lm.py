@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from stretto.errors import UnsupportedModel
 from stretto.mesh.local import LocalWorld
@@ -238,3 +239,33 @@ def _has_config(part: nn.Module) -> bool:
 def parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
     """Named arguments of the model's forward."""
     return dict(inspect.signature(model.forward).parameters)
+
+
+def position_tables(model: nn.Module) -> list[nn.Module]:
+    """Modules that look positions up, in families whose own forward is not told any.
+
+    Decoders of sequence-to-sequence families count from 0 and hand that to such a module.
+    """
+    return [
+        part
+        for part in model.modules()
+        if type(part).__name__.endswith("PositionalEmbedding")
+        and "position_ids" in inspect.signature(part.forward).parameters
+    ]
+
+
+def told(part: nn.Module, binding: Binding) -> RemovableHandle:
+    """The module looks up the positions of this call, whatever its caller counted."""
+
+    def tell(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        positions = binding.call.get("position_ids")
+        if positions is None:
+            return args, kwargs
+        if len(positions) > 1:
+            raise UnsupportedModel(
+                f"position_ids of shape {tuple(positions.shape)}: {type(module).__name__} takes "
+                "one row for all sequences of a batch"
+            )
+        return args, {**kwargs, "position_ids": positions[0]}
+
+    return part.register_forward_pre_hook(tell, with_kwargs=True)

@@ -99,3 +99,5 @@ class Entrance:
         shares = mesh.all_gather(rows, "cp", "control").wait()
         tokens = sum(int(share) for share in shares)
         self.binding.call = {"documents": named.get("documents"), "tokens": tokens}
+        if "position_ids" not in self.signature.parameters:
+            self.binding.call["position_ids"] = named.pop("position_ids")
