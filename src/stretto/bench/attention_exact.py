@@ -51,10 +51,15 @@ def piece(mesh: Mesh, context: Context, call: Call) -> Piece:
     results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
     return {
         "rank": rank,
-        **{name: value.detach().contiguous() for name, value in results.items()},
+        **{name: _plain(value) for name, value in results.items()},
         "forward": {tuple(lane): count for lane, count in forward.items()},
         "backward": {tuple(lane): count for lane, count in sent.items() if count},
     }
+
+
+def _plain(value: torch.Tensor | None) -> torch.Tensor:
+    assert value is not None, "calls here ask for the log-sum-exp"
+    return value.detach().contiguous()
 
 
 def on_threads(context: Context, call: Call) -> list[Piece]:
@@ -227,7 +232,8 @@ class _Whole(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx, *grads):
+        (dout,) = grads
         context, case, saved = ctx.call
 
         # What was saved remembers a mesh whose threads have ended; backward gets another.
@@ -238,9 +244,9 @@ class _Whole(torch.autograd.Function):
 
         shapes = (ctx.shape[0], ctx.shape[1], ctx.shape[1])
         whole = tuple(torch.zeros(shape, dtype=dout.dtype) for shape in shapes)
-        for rank, grads in LocalWorld(context.sizes).run(body):
+        for rank, own in LocalWorld(context.sizes).run(body):
             sides = (case.q_rows, case.kv_rows, case.kv_rows)
-            for target, rows, grad in zip(whole, sides, grads, strict=True):
+            for target, rows, grad in zip(whole, sides, own, strict=True):
                 target[:, :, rows_of(rows[rank])] = grad
         return *whole, None, None
 

@@ -213,6 +213,7 @@ def _startrail(context: Context, call: Call) -> list[Term]:
 def _startrail_back(context: Context, call: Call) -> list[Term]:
     """Queries with their gradient go round the sub-ring, or keys and values with theirs."""
     schedule, c, g = context.schedule, context.team, context.ring // context.team
+    assert isinstance(schedule, StarTrail), schedule
     q, kv = call.q_block, call.kv_block(context.ulysses)
     placed = schedule.keep != "none"
     found = [_heads(context, call, back=True)]

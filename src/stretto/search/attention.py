@@ -17,13 +17,19 @@ from stretto.errors import Infeasible
 from stretto.plan.checks import divisors
 from stretto.plan.context import legal_ulysses, named_points
 from stretto.plan.model import Origin, Plan
-from stretto.plan.options import Context, Data, DoubleRing, Gather, StarTrail, Tile
+from stretto.plan.options import Context, Data, DoubleRing, Gather, Schedule, StarTrail, Tile
 from stretto.quantities import short
 from stretto.workload.train import Training
 
 #: Estimates closer than this, relatively, are one place in the ranking, and fewer bytes decide:
 #: less than the four digits that a table shows.
 TIE = 0.0005
+_STARTRAILS = (
+    StarTrail(circulate="q"),
+    StarTrail(circulate="q", keep="far"),
+    StarTrail(circulate="kv"),
+    StarTrail(circulate="kv", keep="far"),
+)
 
 
 @dataclass(frozen=True)
@@ -162,19 +168,19 @@ def _one_level(ranks: int, heads: int, kv_heads: int) -> Iterator[Context]:
     for u in legal_ulysses(heads, kv_heads, ranks):
         for a in divisors(ranks // u):
             b = ranks // u // a
-            fixed = {"ulysses": u, "team": a, "ring": b}
-            keeps = ("none", "all") if b > 1 else ("none",)
-            yield from (Context(**fixed, schedule=Tile(keep=keep)) for keep in keeps)
-            if a == 1 and b > 1:
-                yield from (Context(**fixed, schedule=Gather(keep=keep)) for keep in keeps)
-            if a > 1 and b % a == 0:
-                yield from _startrails(fixed)
+            for schedule in _schedules(a, b):
+                yield Context(ulysses=u, team=a, ring=b, schedule=schedule)
 
 
-def _startrails(fixed: dict[str, int]) -> Iterator[Context]:
-    for circulate in ("q", "kv"):
-        for keep in ("none", "far"):
-            yield Context(**fixed, schedule=StarTrail(circulate=circulate, keep=keep))
+def _schedules(team: int, ring: int) -> Iterator[Schedule]:
+    """Of one level."""
+    yield Tile()
+    if ring > 1:
+        yield Tile(keep="all")
+    if team == 1 and ring > 1:
+        yield from (Gather(), Gather(keep="all"))
+    if team > 1 and ring % team == 0:
+        yield from _STARTRAILS
 
 
 def _two_levels(cluster: Cluster, ranks: int, heads: int, kv_heads: int) -> Iterator[Context]:
@@ -195,13 +201,13 @@ def _levels(degrees: tuple[int, int, int], team_in: int, ring_in: int) -> Iterat
     ulysses, team, ring = degrees
     if team_in == team and ring_in == 1:
         return  # the same moves as a plan of one level
-    fixed = {"ulysses": ulysses, "team": team, "ring": ring}
-    keeps = ["none"] + ["far"] * (ring > ring_in) + ["all"] * (ring_in > 1)
-    for keep in keeps:
-        schedule = Tile(team_inner=team_in, ring_inner=ring_in, keep=keep)
-        yield Context(**fixed, schedule=schedule)
-    if team == 1 and 1 < ring_in < ring:
-        yield Context(**fixed, schedule=DoubleRing(inner=ring_in))
+    inner = {"team_inner": team_in, "ring_inner": ring_in}
+    schedules: list[Schedule] = [Tile(**inner)]
+    schedules += [Tile(**inner, keep="far")] * (ring > ring_in)
+    schedules += [Tile(**inner, keep="all")] * (ring_in > 1)
+    schedules += [DoubleRing(inner=ring_in)] * (team == 1 and 1 < ring_in < ring)
+    for schedule in schedules:
+        yield Context(ulysses=ulysses, team=team, ring=ring, schedule=schedule)
 
 
 def node_size(cluster: Cluster) -> int:
