@@ -135,7 +135,9 @@ def total(values: Sequence[torch.Tensor | float], mesh: Mesh) -> list[float]:
 
     Plain c10d: functional collectives on CUDA tensors over gloo end the process.
     """
-    mine = torch.stack([torch.as_tensor(value, device="cpu").double() for value in values])
+    # The dtype at once: a Python float would pass through float32.
+    parts = [torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in values]
+    mine = torch.stack(parts)
     if mesh.world_size > 1:
         mine = mesh.all_reduce(mine, None, "control").wait()
     return mine.tolist()

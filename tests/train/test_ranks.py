@@ -1,0 +1,120 @@
+"""Several ranks train as one does: gradients, losses, resuming on the same plan and on another."""
+
+import pytest
+import torch
+
+from stretto.mesh.local import LocalWorld
+from stretto.plan.model import Plan
+from stretto.plan.options import Context, Data
+from stretto.testing.ranks import run_ranks
+from stretto.train import shards
+from stretto.train.job import Job, Rank, attention_bound, build
+from stretto.train.presets import task_of
+from tests.train.make import ADAMW, SGD, recipe, write_text
+
+pytestmark = pytest.mark.ranks
+
+CASES = {
+    "fsdp2 sgd": (Data(shard=2), Context(), "gpt-tiny", SGD, 64),
+    "ring2 adamw": (Data(), Context.named("ring", 2), "gpt-tiny", ADAMW, 67),
+    "ulysses2 sgd": (Data(), Context.named("ulysses", 2), "dit-tiny", SGD, 64),
+    "startrail4 sgd": (Data(), Context.named("startrail(2)", 4), "gpt-tiny", SGD, 67),
+    "fsdp2 tile2 adamw": (Data(shard=2, micro_batch=2), Context(ring=2), "gpt-tiny", ADAMW, 67),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+def silent(stage, **more):
+    pass
+
+
+def trained(mesh, job):
+    """Losses and norms of a job, and this rank's shards of the first step's gradients."""
+    task = task_of(job.recipe)
+    model = task.model()
+    with attention_bound(model, job.plan, mesh):
+        first = build(task, model, job, mesh)
+        first.backward(first.draw())
+        gradients = [g.clone() for g in shards.gradients(model)]
+    outcome = Rank(silent, job, mesh).run()
+    steps = [(step.loss, step.norm) for step in outcome.steps]
+    return steps, [v.loss for v in outcome.validations], gradients
+
+
+def alone(job):
+    one = Plan(kind="train")
+    mesh = LocalWorld(one.sizes).mesh(0)
+    return trained(mesh, Job(recipe=job.recipe, plan=one, validate=job.validate))
+
+
+def run_job(mesh, job):
+    outcome = Rank(silent, job, mesh).run()
+    return [step.loss for step in outcome.steps], outcome.note
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_give_the_gradients_and_losses_of_one(name, data):
+    dp, cp, model, descent, tokens = CASES[name]
+    source = data if model == "gpt-tiny" else None
+    given = recipe(source, model=model, descent=descent, tokens=tokens)
+    job = Job(recipe=given, plan=Plan(kind="train", dp=dp, cp=cp), validate=2)
+    steps, validations, gradients = alone(job)
+    found = run_ranks(trained, job.plan.sizes, job, timeout_s=110)
+    for rank_steps, rank_validations, _ in found:
+        assert rank_steps == [pytest.approx(step, rel=1e-12) for step in steps]
+        assert rank_validations == pytest.approx(validations, rel=1e-12)
+    for index, whole in enumerate(gradients):
+        joined = torch.cat([rank[2][index] for rank in found])
+        assert torch.allclose(joined, whole, rtol=1e-9, atol=1e-15)
+
+
+def test_two_ranks_resume_bitwise(data, tmp_path):
+    given = recipe(data, descent=ADAMW, steps=5)
+    plan = Plan(kind="train", cp=Context.named("ring", 2))
+    whole = run_ranks(run_job, plan.sizes, Job(recipe=given, plan=plan), timeout_s=110)
+    cut = Job(recipe=given, plan=plan, out=str(tmp_path), save=3, until=4)
+    run_ranks(run_job, plan.sizes, cut, timeout_s=110)
+    again = Job(recipe=given, plan=plan, out=str(tmp_path), resume=True)
+    found = run_ranks(run_job, plan.sizes, again, timeout_s=110)
+    assert found[0][1].endswith("step-00000003")  # and no word of "not bitwise"
+    assert [losses for losses, _ in found] == [losses[3:] for losses, _ in whole]
+
+
+def test_a_checkpoint_of_four_ranks_goes_on_with_two(data, tmp_path):
+    given = recipe(data, descent=ADAMW, steps=5)
+    four = Plan(kind="train", dp=2, cp=Context(ring=2))
+    two = Plan(kind="train", cp=Context.named("ulysses", 2))
+    whole, _ = run_job(LocalWorld(Plan(kind="train").sizes).mesh(0), job_of(given))
+    cut = Job(recipe=given, plan=four, out=str(tmp_path), save=3, until=4)
+    run_ranks(run_job, four.sizes, cut, timeout_s=110)
+    again = Job(recipe=given, plan=two, out=str(tmp_path), resume=True)
+    losses, note = run_ranks(run_job, two.sizes, again, timeout_s=110)[0]
+    assert losses == pytest.approx(whole[3:], rel=1e-12)
+    assert "not bitwise: plan, ranks changed" in note
+
+
+def job_of(given):
+    return Job(recipe=given, plan=Plan(kind="train"))
+
+
+def bfloat16_weights(mesh, given):
+    """Dtypes of what is stored and summed, and the loss, in a bfloat16 run."""
+    job = Job(recipe=given, plan=Plan(kind="train", dp=mesh.size("fsdp")))
+    task = task_of(given)
+    trainer = build(task, task.model(), job, mesh)
+    loss, _ = trainer.clip(trainer.backward(trainer.draw()))
+    stored = {p.dtype for p in trainer.model.parameters()}
+    return stored, {g.dtype for g in shards.gradients(trainer.model)}, loss
+
+
+def test_bfloat16_computes_on_float32_masters(data):
+    given = recipe(data, dtype="bfloat16")
+    stored, summed, loss = run_ranks(bfloat16_weights, {"fsdp": 2}, given, timeout_s=110)[0]
+    exact, _, _ = alone(job_of(recipe(data)))
+    assert stored == summed == {torch.float32}
+    assert loss == pytest.approx(exact[0][0], rel=1e-2)
+    assert loss != pytest.approx(exact[0][0], rel=1e-7)
