@@ -117,13 +117,16 @@ BACKENDS = {
 
 
 def choose(
-    device: torch.device | str, dtype: torch.dtype, head_dim: int, backend: str = "auto"
+    device: torch.device | str, dtype: torch.dtype, head_dim: int, backend: str | Backend = "auto"
 ) -> Backend:
     """The back end of that name, or for "auto" the fastest that takes these tensors.
 
+    A back end of the caller's own is taken as it is.
     Under `torch.use_deterministic_algorithms` auto passes over back ends that do not repeat.
     Raises ConfigError for an unknown name, ShapeError for tensors that it does not take.
     """
+    if isinstance(backend, Backend):
+        return backend
     device = torch.device(device)
     able = [b for b in BACKENDS.values() if b.takes(device, dtype, head_dim)]
     if backend == "auto":

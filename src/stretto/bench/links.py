@@ -1,0 +1,290 @@
+"""`bench links`: attention plans on emulated nodes, against what their links allow at best.
+
+Real ranks over gloo in network namespaces, one per node, whose interfaces are held to one rate.
+The code that moves the bytes is the product's; only kernels are stand-ins, which either take no
+time (communication) or sleep as long as a device of a stated rate would compute (timed compute).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from stretto.bench import result as document
+from stretto.bench.links_cases import (
+    FREE,
+    NO_TIME,
+    TIMED,
+    Call,
+    Layout,
+    Rates,
+    Wanted,
+    interface_bytes,
+    kernel_seconds,
+    wanted,
+)
+from stretto.bench.links_nodes import HERE, Nodes, check_able, made
+from stretto.bench.links_ranks import Fleet, Timing
+from stretto.bench.links_summary import summary
+from stretto.plan.moves import PASSES
+
+Say = Callable[..., None]
+Keep = Callable[[dict[str, Any]], None]
+
+#: A repeat is discarded when other work kept more cores busy than this, while enough remain.
+MOST_OTHERS = 0.25
+_NOTES = (
+    "network namespaces on one machine, gloo over TCP, token buckets on both ends of every node's "
+    "interface: rates are emulated, latencies are the machine's",
+    "communication: kernels take no time and compute nothing; timed compute: they sleep as long "
+    "as the modelled device would compute (emulation); everything around kernels is real",
+    "seconds: from an agreed start until the last rank has ended; forward and backward start "
+    "apart, total is their sum",
+    "ideal: bytes through the busiest way of the busiest node's interface / rate; floor: the same "
+    "plan with the links as fast as the machine, median",
+    "predicted: the cost model on the emulated cluster: the limited rate, and a rank's rate inside "
+    "its node measured while all ranks send",
+    "others: cores kept busy by other work during a repeat; repeats above "
+    f"{MOST_OTHERS} are discarded where 3 quieter ones remain",
+    "plans whose ideal, or kernels, take `slow` times the least of their case are repeated "
+    "`slow_repeats` times, but for ring, StarTrail and auto",
+    "auto and a named plan that are one plan are measured once",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much is run. `rate`: bytes/s of a node's interface, each way; `flop_rate`: of the
+    modelled device. `emulated` False keeps ranks in the machine's own namespace, unlimited.
+    """
+
+    layouts: tuple[Layout, ...] = (Layout(2, 8), Layout(4, 4), Layout(2, 4), Layout(8, 2))
+    calls: tuple[Call, ...] = (Call(8), Call(2))
+    modes: tuple[str, ...] = (FREE, TIMED)
+    rate: float = 200e6 / 8
+    flop_rate: float = 5e9
+    repeats: int = 5
+    floor_repeats: int = 3
+    slow: float = 2.5
+    slow_repeats: int = 1
+    emulated: bool = True
+
+
+FULL = Size()
+QUICK = Size(layouts=(Layout(2, 2),), calls=(Call(8),), repeats=2, floor_repeats=1)
+
+
+def run(size: Size = FULL, *, say: Say | None = None, keep: Keep | None = None) -> dict[str, Any]:
+    """The document result/1. `keep` gets it after every case.
+
+    Raises ConfigError without root, MissingDependency without iproute2, RunError.
+    """
+    if size.emulated:
+        check_able()
+    device = f"emulated nodes: gloo ranks in network namespaces, {document.cpu_name()}"
+    found = document.begin(
+        "links",
+        device,
+        notes=list(_NOTES),
+        rate_bytes_per_s=size.rate,
+        flop_rate=size.flop_rate,
+        repeats=size.repeats,
+        slow=size.slow,
+        slow_repeats=size.slow_repeats,
+        emulated=size.emulated,
+        rates={},
+    )
+    began = time.monotonic()
+    for layout in size.layouts:
+        with _started(size, layout) as (nodes, fleet):
+            bench = _Bench(found, size, layout, nodes, fleet, say or (lambda *_: None))
+            for call in size.calls:
+                found["rows"] += bench.case(call)
+                found["summary"] = summary(found["rows"])
+                found["seconds"] = time.monotonic() - began
+                if keep:
+                    keep(found)
+    document.end(found)
+    # The ranks are most of the load; what else ran is in every row.
+    found["busy"] = found["summary"]["others"] > MOST_OTHERS
+    return found
+
+
+@contextlib.contextmanager
+def _started(size: Size, layout: Layout) -> Iterator[tuple[Nodes | None, Fleet]]:
+    """Nodes and the ranks on them, or ranks without nodes of their own."""
+    if not size.emulated:
+        with Fleet([HERE] * layout.ranks) as fleet:
+            yield None, fleet
+        return
+    with (
+        made(layout.nodes, size.rate) as nodes,
+        Fleet([nodes.places[node] for node in layout.node_of]) as fleet,
+    ):
+        yield nodes, fleet
+
+
+@dataclass(slots=True)
+class _Task:
+    """A plan of one mode, its number at the ranks, and its times so far."""
+
+    number: int
+    mode: str
+    plan: Wanted
+    ideal: dict[str, float]
+    kernels: dict[str, float]
+    crossing: dict[str, int]
+    floor: list[tuple[Timing, Timing]] = field(default_factory=list)
+    times: list[tuple[Timing, Timing]] = field(default_factory=list)
+
+    @property
+    def least(self) -> float:
+        """Seconds that links or kernels need, whichever need more."""
+        return sum(max(self.ideal[name], self.kernels[name]) for name in PASSES)
+
+
+@dataclass(slots=True)
+class _Bench:
+    """One layout under way."""
+
+    found: dict[str, Any]
+    size: Size
+    layout: Layout
+    nodes: Nodes | None
+    fleet: Fleet
+    say: Say
+    numbers: int = 0
+
+    def case(self, call: Call) -> list[dict[str, Any]]:
+        """Rows of every plan and mode of a call, after interleaved rounds."""
+        rates = self._rates()
+        self.found["rates"][str(self.layout)] = {
+            "network": rates.network,
+            "inside": rates.inside,
+            "latency_inside": rates.latency_inside,
+            "latency_across": rates.latency_across,
+        }
+        tasks = [task for mode in self.size.modes for task in self._tasks(call, mode, rates)]
+        self._limit(on=False)
+        free = [task for task in tasks if task.mode == FREE]
+        # The first round opens connections and is thrown away.
+        for number in range(1 + self.size.floor_repeats):
+            self._round(free, f"{call.name} floor {number}", lambda task: task.floor, number > 0)
+        self._limit(on=True)
+        for number in range(self.size.repeats):
+            for mode in self.size.modes:
+                due = [task for task in tasks if task.mode == mode and self._due(task, tasks)]
+                self._round(due, f"{call.name} {mode} {number}", lambda task: task.times, True)
+        floors = {task.plan.context: task.floor for task in free}
+        return [
+            _row(self.layout, call, task, name, floors.get(task.plan.context, []))
+            for task in tasks
+            for name in task.plan.names
+        ]
+
+    def _due(self, task: _Task, tasks: Sequence[_Task]) -> bool:
+        """Plans that are slow even by their ideal are repeated less often, but for those quoted."""
+        if len(task.times) < self.size.slow_repeats or task.plan.quoted:
+            return True
+        least = min(other.least for other in tasks if other.mode == task.mode)
+        return task.least <= self.size.slow * least
+
+    def _tasks(self, call: Call, mode: str, rates: Rates) -> list[_Task]:
+        flop_rate = self.size.flop_rate if mode == TIMED else NO_TIME
+        tasks = []
+        for plan in wanted(self.layout, call, rates.cluster(self.layout, flop_rate)):
+            self.numbers += 1
+            self.fleet.ask("prepare", self.numbers, plan.context, call.of(plan.context), flop_rate)
+            crossing = interface_bytes(plan.context, call, self.layout)
+            ideal = {name: count / self.size.rate for name, count in crossing.items()}
+            kernels = kernel_seconds(plan.context, call, flop_rate)
+            tasks.append(_Task(self.numbers, mode, plan, ideal, kernels, crossing))
+        return tasks
+
+    def _round(self, tasks: Sequence[_Task], what: str, into: Callable, kept: bool) -> None:
+        for done, task in enumerate(tasks):
+            self.say(f"{self.layout} {what}: {task.plan.names[0]}", done, len(tasks))
+            pair = tuple(self.fleet.timed(name, task.number) for name in PASSES)
+            if kept:
+                into(task).append(pair)
+
+    def _limit(self, *, on: bool) -> None:
+        if self.nodes:
+            self.nodes.limit(on=on)
+
+    def _rates(self) -> Rates:
+        """What the cost model needs to know of this machine."""
+        layout, block = self.layout, 2 * self.size.calls[0].block_bytes
+        sizes = {"ring_out": layout.nodes, "ring_in": layout.per_node}
+        inside = latency_inside = latency_across = 0.0
+        self._limit(on=False)
+        if layout.per_node > 1:
+            latency_inside = self._hop(sizes, "ring_in", 64)
+            seconds = self._hop(sizes, "ring_in", block)
+            # Beside other work the small message may take as long as the large one.
+            inside = block / max(seconds - latency_inside, seconds / 2)
+        self._limit(on=True)
+        if layout.nodes > 1:
+            latency_across = self._hop(sizes, "ring_out", 64)
+        return Rates(self.size.rate, inside, latency_inside, latency_across)
+
+    def _hop(self, sizes: dict[str, int], axis: str, count: int) -> float:
+        """Seconds of a hop that all ranks make at once: the best of three runs of many."""
+        hops = 20
+        self.fleet.timed("shift", sizes, axis, count, 2)
+        runs = [self.fleet.timed("shift", sizes, axis, count, hops) for _ in range(3)]
+        return min(timing.seconds for timing in runs) / hops
+
+
+def _row(layout: Layout, call: Call, task: _Task, name: str, floor: list) -> dict[str, Any]:
+    """What was found of a plan, under one of its names."""
+    context, quiet = task.plan.context, quiet_of(task.times)
+    return {
+        "layout": str(layout),
+        "heads": call.name,
+        "mode": task.mode,
+        "who": name,
+        "plan": context.short(),
+        "keep": context.schedule.keep,
+        "named": not name.startswith("auto"),
+        "ms": [1e3 * _total(pair) for pair in quiet],
+        "repeats": len(task.times),
+        "discarded": len(task.times) - len(quiet),
+        "measured_ms": _by_pass(quiet),
+        "floor_ms": _by_pass(floor) if floor else None,
+        "ideal_ms": _with_total(task.ideal),
+        "kernel_ms": _with_total(task.kernels),
+        "predicted_ms": _with_total(task.plan.predicted),
+        "interface_blocks": {k: n / call.block_bytes for k, n in task.crossing.items()},
+        "others": statistics.median(t.others for pair in quiet for t in pair),
+        "late_ms": 1e3 * max(t.late for pair in quiet for t in pair),
+    }
+
+
+def quiet_of(times: Sequence[tuple[Timing, Timing]]) -> list[tuple[Timing, Timing]]:
+    """Repeats during which little else ran; all, where fewer than three are so."""
+    quiet = [pair for pair in times if max(t.others for t in pair) <= MOST_OTHERS]
+    return quiet if len(quiet) >= 3 else list(times)
+
+
+def _total(pair: Sequence[Timing]) -> float:
+    return sum(timing.seconds for timing in pair)
+
+
+def _by_pass(times: Sequence[tuple[Timing, Timing]]) -> dict[str, dict[str, float]]:
+    """Milliseconds by pass and in total, least and median."""
+    by_pass = {name: [pair[at].seconds for pair in times] for at, name in enumerate(PASSES)}
+    by_pass["total"] = [_total(pair) for pair in times]
+    return {
+        name: {"min": 1e3 * min(values), "median": 1e3 * statistics.median(values)}
+        for name, values in by_pass.items()
+    }
+
+
+def _with_total(seconds: dict[str, float]) -> dict[str, float]:
+    found = {name: 1e3 * value for name, value in seconds.items()}
+    return found | {"total": sum(found.values())}

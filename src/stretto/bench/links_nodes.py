@@ -1,0 +1,185 @@
+"""Nodes on one machine: a network namespace each, joined by a bridge, every link of one rate.
+
+What is limited is the rate of a node's interface, by a token bucket on both of its ends; latency
+is that of the machine. Nothing is left in the machine's own namespace: the bridge has one too, and
+deleting a namespace deletes the links that end in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stretto.errors import ConfigError, MissingDependency, RunError
+
+#: Begins the names of our namespaces; then the process that made them, and what they are for.
+PREFIX = "stretto-links"
+_FOLDER = Path("/var/run/netns")
+_INTERFACE = "eth0"
+_CLONE_NEWNET = 0x40000000
+#: Bytes that leave a rested bucket at once: one full segment of a virtual link, so that none is
+#: cut up again, which would cost more time than sending it.
+_BURST = 65536 + 2048
+#: Bytes that may queue: more than is ever under way, for a loss would measure TCP's recovery.
+_LIMIT = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank lives: a namespace ("" for the machine's own), its interface and address."""
+
+    namespace: str
+    interface: str
+    address: str
+
+    def enter(self) -> None:
+        """Move the calling thread there; threads that it starts later follow."""
+        if not self.namespace:
+            return
+        with (_FOLDER / self.namespace).open("rb") as file:
+            if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _CLONE_NEWNET):
+                code = ctypes.get_errno()
+                raise RunError(f"cannot enter namespace {self.namespace}: {os.strerror(code)}")
+
+
+#: Without namespaces: every rank on the loopback interface.
+HERE = Place("", "lo", "127.0.0.1")
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """Nodes with an interface of `rate` bytes/s each way, unless it is set free."""
+
+    places: tuple[Place, ...]
+    hub: str
+    rate: float
+
+    def limit(self, *, on: bool) -> None:
+        """Hold all interfaces to the rate, both ways, or let them go as fast as the machine."""
+        for number, place in enumerate(self.places):
+            for namespace, device in ((place.namespace, _INTERFACE), (self.hub, f"n{number}")):
+                _bucket(namespace, device, self.rate if on else None)
+
+
+def check_able() -> None:
+    """Raise ConfigError unless namespaces can be made here, MissingDependency without iproute2."""
+    missing = [name for name in ("ip", "tc") if not _tool(name)]
+    if missing:
+        raise MissingDependency(
+            f"{' and '.join(missing)} not found: emulated nodes are made with iproute2\n"
+            "  to fix: install it (Debian, Ubuntu: apt-get install iproute2)"
+        )
+    if os.geteuid() != 0:
+        raise ConfigError(
+            f"emulated nodes need root, this is user {os.geteuid()}\n"
+            "  why: network namespaces and rates of links are made by root alone\n"
+            "  to fix: run as root (sudo), in a container with the capabilities NET_ADMIN and "
+            "SYS_ADMIN"
+        )
+
+
+@contextlib.contextmanager
+def made(count: int, rate: float) -> Iterator[Nodes]:
+    """`count` nodes, removed at the end whatever happens, an interrupt or SIGTERM included.
+
+    What an earlier process left behind when it was killed is removed first. Raises ConfigError
+    without root, RunError when the kernel refuses.
+    """
+    check_able()
+    _remove(_left_behind())
+    name = f"{PREFIX}-{os.getpid()}"
+    hub = f"{name}-hub"
+    places = tuple(
+        Place(f"{name}-{number}", _INTERFACE, f"10.77.0.{number + 1}") for number in range(count)
+    )
+    with _ending_on_sigterm():
+        try:
+            _ip("netns", "add", hub)
+            _ip("-n", hub, "link", "add", "bridge", "type", "bridge")
+            _ip("-n", hub, "link", "set", "bridge", "up")
+            for number, place in enumerate(places):
+                _join(place, hub, f"n{number}")
+            yield Nodes(places, hub, rate)
+        finally:
+            _remove([hub, *(place.namespace for place in places)])
+
+
+def _join(place: Place, hub: str, port: str) -> None:
+    """A namespace with an interface whose other end is a port of the bridge."""
+    _ip("netns", "add", place.namespace)
+    ends = ["link", "add", port, "netns", hub, "type", "veth"]
+    _ip(*ends, "peer", "name", _INTERFACE, "netns", place.namespace)
+    _ip("-n", hub, "link", "set", port, "master", "bridge")
+    _ip("-n", hub, "link", "set", port, "up")
+    _ip("-n", place.namespace, "address", "add", f"{place.address}/24", "dev", _INTERFACE)
+    for device in (_INTERFACE, "lo"):
+        _ip("-n", place.namespace, "link", "set", device, "up")
+
+
+def _bucket(namespace: str, device: str, rate: float | None) -> None:
+    where = ["dev", device, "root"]
+    if rate is None:
+        _run("tc", "-n", namespace, "qdisc", "del", *where, may_fail=True)
+        return
+    bucket = ["tbf", "rate", f"{round(8 * rate)}bit", "burst", f"{_BURST}b", "limit", str(_LIMIT)]
+    _run("tc", "-n", namespace, "qdisc", "replace", *where, *bucket)
+
+
+def _left_behind() -> list[str]:
+    """Our namespaces whose process is gone."""
+    if not _FOLDER.is_dir():
+        return []
+    found = []
+    for file in _FOLDER.glob(f"{PREFIX}-*"):
+        pid = file.name.removeprefix(f"{PREFIX}-").partition("-")[0]
+        if pid.isdecimal() and not Path("/proc", pid).exists():
+            found.append(file.name)
+    return found
+
+
+def _remove(names: Sequence[str]) -> None:
+    for name in names:
+        if (_FOLDER / name).exists():
+            _run("ip", "netns", "delete", name, may_fail=True)
+
+
+@contextlib.contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM raises like Ctrl-C does, so that what was made is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _tool(name: str) -> str | None:
+    """Users' search paths often leave out where administrators' tools are."""
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+def _ip(*words: str) -> None:
+    _run("ip", *words)
+
+
+def _run(tool: str, *words: str, may_fail: bool = False) -> None:
+    done = subprocess.run(
+        [_tool(tool) or tool, *words], capture_output=True, text=True, check=False
+    )
+    if done.returncode and not may_fail:
+        raise RunError(f"{tool} {' '.join(words)}: {done.stderr.strip() or done.returncode}")
