@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class Parallelized:
     """A model under a plan. Leaving the `with` block, or `undo()`, restores it.
 
-    `bound` names the modules whose attention runs over `mesh`.
+    `bound` names the modules whose attention runs over `mesh`; empty for a model of transformers
+    that was not examined.
     """
 
     def __init__(
@@ -141,4 +142,4 @@ def _bind_language_model(
     entrance = Entrance(binding, signature, found.origin, found.sums_loss)
     handle = model.register_forward_pre_hook(entrance, with_kwargs=True)
     stack.callback(handle.remove)
-    return [name for name, part in model.named_modules() if causal_lm.SEAT in part.__dict__]
+    return list(found.layers)

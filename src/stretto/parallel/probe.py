@@ -45,10 +45,12 @@ FAILURES = (TypeError, AttributeError, ValueError, KeyError, IndexError, Runtime
 class Findings:
     """What the model's entrance must know.
 
-    `origin`: the number of the first position. `sums_loss`: whether its loss over shards, given
-    `shift_labels` and `num_items_in_batch`, adds up.
+    `layers`: names of the modules that attend. `origin`: the number of the first position.
+    `sums_loss`: whether its loss over shards, given `shift_labels` and `num_items_in_batch`, adds
+    up.
     """
 
+    layers: tuple[str, ...] = ()
     origin: int = 0
     sums_loss: bool = False
 
@@ -59,6 +61,7 @@ class Watch:
 
     binding: Binding
     calls: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    layers: dict[int, nn.Module] = field(default_factory=dict)
 
     def attend(self, module, query, key, value) -> torch.Tensor:
         """A softmax over one key is 1: the output is the token's own value, per query head."""
@@ -68,6 +71,7 @@ class Watch:
                 "another sequence, which no plan has split"
             )
         self.calls.append((query, key, value))
+        self.layers[id(module)] = module
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1)
 
 
@@ -111,7 +115,8 @@ def examine(model: nn.Module, binding: Binding) -> Findings:
             whole = _run(model, watch, ids, range(origin, origin + TOKENS))
         _check_positions(model, watch, ids, whole, origin)
         sums = "labels" in known and _loss_adds_up(model, watch, ids, origin)
-        return Findings(origin, sums)
+    layers = tuple(name for name, part in model.named_modules() if id(part) in watch.layers)
+    return Findings(layers, origin, sums)
 
 
 def _tokens(model: nn.Module, numbers: Sequence[int]) -> torch.Tensor:
