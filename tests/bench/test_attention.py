@@ -196,3 +196,19 @@ def test_the_reference_is_the_naive_attention_of_one_device():
 
 def test_tile_levels_are_in_the_list():
     assert any(isinstance(c.schedule, Tile) and c.two_level for c in plans(16).values())
+
+
+def test_rows_of_a_plan_are_merged_and_say_what_is_wrong():
+    context, call = small()
+    good = judged("ring", context, call, on_threads(context, call), "threads")
+    spoiled = on_threads(context, call)
+    spoiled[0]["dq"] += 1
+    bad = judged("ring", context, call, spoiled, "threads") | {"case": "window"}
+    checked = {"part": "gradcheck", "ranks": 2, "plan": "ring", "right": True}
+    one, other = attention.merged([good, checked, bad])
+    assert other == checked
+    assert (one["runs"], one["declared"], one["closed_of"], one["right"]) == (2, 2, 2, False)
+    assert one["cases"] == ["causal", "window"]
+    assert one["forward_bytes"] == good["forward_bytes"]
+    assert one["wrong"].startswith("window: dq off by")
+    assert attention.summary([good, bad])["wrong"] == 1

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from stretto.bench import exactness, families, speed, steps
+from stretto.bench import attention, attention_table, exactness, families, speed, steps
 from stretto.cli.app import main
 from stretto.testing import support
 from tests.bench.test_steps import laps_of
@@ -116,3 +116,37 @@ def test_steps_tables(tmp_path, capsys, monkeypatch):
     assert on_the_way[3]["summary"]["margin_tail_over_parastep_db"] == {"dit": {"p4": 10.0}}
     assert not any(found["complete"] for found in on_the_way)
     assert json.loads(out.read_text())["complete"]
+
+
+def attention_result(**changes):
+    row = {
+        "part": "exact", "carrier": "threads", "ranks": 4, "plan": "ring", "ulysses": 1, "runs": 9,
+        "cases": ["causal", "full"], "max_err": 1e-15, "forward_bytes": 1, "backward_bytes": 1,
+        "declared": 9, "closed": 3, "closed_of": 3, "right": True,
+    }  # fmt: skip
+    row |= changes
+    rows = [row, *attention_table.byte_rows()]
+    summary = dict.fromkeys(attention.summary([]), None) | {
+        "runs": 9, "plans": 1, "wrong": int(not row["right"]), "gloo_ranks": 0, "virtual_ranks": 4,
+    }  # fmt: skip
+    more = {"notes": ["a note"], "left_out": 3}
+    return document(case="attention", rows=rows, summary=summary, **more)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({}, 0, "9 runs of 1 plans, up to 4 virtual and 0 gloo ranks: 0 wrong"),
+        ({"right": False, "wrong": "causal: dq off by 1.0e+00"}, 1, "WRONG threads 4 ring: causal"),
+    ],
+)
+def test_attention_tables_and_exit_code(changes, code, words, tmp_path, capsys, monkeypatch):
+    result = attention_result(**changes)
+    monkeypatch.setattr(attention, "run", lambda *args, **options: result)
+    out = tmp_path / "a.json"
+    assert main(["bench", "attention", "--out", str(out)]) == code
+    printed = capsys.readouterr().out
+    assert words in printed
+    assert "8.016! (2)" in printed  # StarTrail at 4 ranks sends more than the ring
+    assert "3 runs left out: the time was up" in printed
+    assert json.loads(out.read_text())["case"] == "attention"

@@ -82,13 +82,14 @@ def run(size: Size = FULL, *, say: Say | None = None, keep: Keep | None = None) 
 
 @dataclass(slots=True)
 class _Bench:
-    """A run under way: rows so far, and the time that is left."""
+    """A run under way: a row per run so far, and the time that is left."""
 
     found: dict[str, Any]
     size: Size
     cores: int
     say: Say
     keep: Keep
+    rows: list[Row] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     written: float = 0.0
 
@@ -105,8 +106,9 @@ class _Bench:
         return self.began + 60 * self.size.minutes - time.monotonic()
 
     def add(self, rows: Sequence[Row]) -> None:
-        self.found["rows"] += rows
-        self.found["summary"] = summary(self.found["rows"])
+        self.rows += rows
+        self.found["rows"] = merged(self.rows)
+        self.found["summary"] = summary(self.rows)
         self.found["seconds"] = time.monotonic() - self.began
         if time.monotonic() - self.written > _WRITE_EVERY_S:
             self.keep(self.found)
@@ -229,6 +231,43 @@ def gloo_rows(ranks: int, batch: list[Job]) -> list[Row]:
 
 
 # ---- what is said ------------------------------------------------------------------------------
+
+
+def merged(rows: Sequence[Row]) -> list[Row]:
+    """One row per plan, ranks and carrier, of all its runs; other rows as they are.
+
+    `declared`, `closed`, `same_bits`: of how many runs it holds; closed forms are for `closed_of`
+    of them. Bytes are those of the causal call.
+    """
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row["part"] == "exact":
+            key = ("exact", row["carrier"], row["ranks"], row["plan"])
+        else:
+            key = (len(groups),)
+        groups.setdefault(key, []).append(row)
+    return [_merged(own) if own[0]["part"] == "exact" else own[0] for own in groups.values()]
+
+
+def _merged(own: list[Row]) -> Row:
+    first = {name: own[0][name] for name in ("part", "carrier", "ranks", "plan", "ulysses")}
+    causal = next((row for row in own if row["case"] == "causal"), {})
+    errors = [row["max_err"] for row in own]
+    wrong = [f"{row['case']}: {row['wrong']}" for row in own if "wrong" in row]
+    found = first | {
+        "runs": len(own),
+        "cases": sorted({row["case"] for row in own}),
+        "max_err": None if None in errors else max(errors),
+        "forward_bytes": causal.get("forward_bytes"),
+        "backward_bytes": causal.get("backward_bytes"),
+        "declared": sum(bool(row.get("bytes_declared")) for row in own),
+        "closed": sum(bool(row.get("bytes_closed")) for row in own),
+        "closed_of": sum(row.get("bytes_closed") is not None for row in own),
+        "right": all(row["right"] for row in own),
+    }
+    if first["carrier"] == "gloo":
+        found["same_bits"] = sum(bool(row.get("same_bits")) for row in own)
+    return found | ({"wrong": "; ".join(wrong)} if wrong else {})
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:

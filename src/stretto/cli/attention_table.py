@@ -31,7 +31,7 @@ def show_attention(result: dict[str, Any], console: Console) -> list[str]:
 
 
 def _where(row: dict[str, Any]) -> str:
-    return f"{row.get('carrier', 'gradcheck')} {row['ranks']} {row['plan']} {row.get('case', '')}"
+    return f"{row.get('carrier', 'gradcheck')} {row['ranks']} {row['plan']}"
 
 
 def _exact(rows: list[dict[str, Any]]):
@@ -49,16 +49,16 @@ def _exact(rows: list[dict[str, Any]]):
 
 def _cells(rows: list[dict[str, Any]]) -> list[str]:
     errors = [row["max_err"] for row in rows if row["max_err"] is not None]
-    closed = [row["bytes_closed"] for row in rows if row.get("bytes_closed") is not None]
+    runs, closed_of = (sum(row[name] for row in rows) for name in ("runs", "closed_of"))
     bits = [row["same_bits"] for row in rows if "same_bits" in row]
     return [
-        str(len({row["plan"] for row in rows})),
-        str(len({row["case"] for row in rows})),
         str(len(rows)),
+        str(len({case for row in rows for case in row["cases"]})),
+        str(runs),
         f"{max(errors):.1e}" if errors else "-",
-        f"{sum(bool(row.get('bytes_declared')) for row in rows)}/{len(rows)}",
-        f"{sum(closed)}/{len(closed)}" if closed else "-",
-        f"{sum(bits)}/{len(bits)}" if bits else "-",
+        f"{sum(row['declared'] for row in rows)}/{runs}",
+        f"{sum(row['closed'] for row in rows)}/{closed_of}",
+        f"{sum(bits)}/{runs}" if bits else "-",
         str(sum(not row["right"] for row in rows)),
     ]
 
