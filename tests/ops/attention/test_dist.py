@@ -118,6 +118,7 @@ SHAPES = {
     "cross causal": Inputs(20, 45, mask=Mask(causal=True, q_offset=25)),
     "queries before keys": Inputs(20, 30, mask=Mask(causal=True, q_offset=-4)),
     "ranks without rows": Inputs(3, mask=CAUSAL),
+    "one token": Inputs(1),
     "no tokens": Inputs(0),
     "no keys": Inputs(5, 0, mask=Mask(q_offset=0)),
     "one head dim": Inputs(24, head_dim=1, mask=CAUSAL),

@@ -67,7 +67,7 @@ class Block:
 
     @classmethod
     def resting(cls, rows: Spans, parts: dict[str, Tensor]) -> Block:
-        """Contiguous tensors as they are, for a block that is never sent whole."""
+        """Contiguous tensors as they are; to be sent, such a block is `packed`."""
         buffer = next(iter(parts.values())).new_empty(0, dtype=torch.uint8)
         return cls(rows, buffer, parts)
 
@@ -97,6 +97,11 @@ class Block:
             for name, part in self.parts.items():
                 chosen[name][first : first + end - start].copy_(part[start:end])
         return chosen
+
+    def packed(self) -> Block:
+        """The block with its parts in one buffer: itself unless it was `resting`."""
+        size = sum(part.numel() * part.element_size() for part in self.parts.values())
+        return self if self.buffer.numel() == size else Block.of(self.rows, self.parts)
 
     def cast(self, dtype: torch.dtype, *names: str) -> Block:
         """The block with these parts (all, unless named) in another dtype; itself if they are."""

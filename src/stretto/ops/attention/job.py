@@ -71,7 +71,7 @@ class Job:
 
     def hand(self, move: Move, block: Block) -> Arrival:
         """Begin an exchange that sends everyone rows of one block, as the move names them."""
-        sends = {p: block.select(rows) for p, rows in move.sends.items()}
+        sends = {p: block.select(rows).packed() for p, rows in move.sends.items()}
         return self.start(move, sends, block.specs)
 
 

@@ -220,6 +220,8 @@ def _stand_in(queries: Block) -> Tensor:
 def _backward_moving_keys(walk: Walk, queries: Block) -> tuple[Block, Block]:
     """dQ of the team's rows, and the sums of dK and dV that ended up with this rank."""
     job = walk.job
+    if _is_one_kernel(job):
+        return _backward_at_once(walk, queries)
     stand_in = _stand_in(queries)
     dq = job.sums(queries.rows, "dq")
     home = returning(job, walk.plan)
@@ -239,6 +241,36 @@ def _backward_moving_keys(walk: Walk, queries: Block) -> tuple[Block, Block]:
         )
         home.add(step, part)
     return dq, home.home()
+
+
+def _is_one_kernel(job: Job) -> bool:
+    """Whether one call computes all there is, so that nothing needs to be summed."""
+    context, plan = job.schedule.context, job.schedule
+    (step, *more) = plan.backward.steps
+    whole = ((0, plan.team_q.rows), (0, step.rows.rows))
+    return (
+        context.team == context.ring == 1
+        and not more
+        and [(piece.q, piece.k) for piece in step.pieces] == [whole]
+    )
+
+
+def _backward_at_once(walk: Walk, queries: Block) -> tuple[Block, Block]:
+    """The kernel's own gradients, in the inputs' dtype."""
+    ((step, keys),) = walk
+    dq, dk, dv = backends.backward(
+        queries["dout"],
+        queries["q"],
+        keys["k"],
+        keys["v"],
+        _stand_in(queries),
+        queries["lse"],
+        step.pieces[0].kind,
+        walk.job.scale,
+        walk.job.backend,
+    )
+    of_q = Block.resting(queries.rows, {"dq": dq})
+    return of_q, Block.resting(keys.rows, {"dk": dk, "dv": dv})
 
 
 def _backward_moving_queries(walk: Walk, keys: Block) -> tuple[Block, Block]:
