@@ -76,7 +76,8 @@ def _judge(family: str, mesh: Mesh, plan: Context, check: bool, tokens: int) -> 
     try:
         model = families.tiny_model(family)
     except Exception as error:  # noqa: BLE001 - whatever the library raises is its answer
-        return Verdict(family=family, verdict="not built", reason=_first_line(error))
+        reason = " ".join(str(error).split())[:300]
+        return Verdict(family=family, verdict="not built", reason=reason)
     batch = _batch(tokens)
     try:
         with parallelize(model, plan, mesh=mesh, check=check):
