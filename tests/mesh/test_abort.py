@@ -25,7 +25,7 @@ def watches():
     made, store = [], dist.HashStore()
 
     def make(rank, timeout_s=30.0, late=lambda what: None):
-        watch = Watch(rank, store, timeout_s, late)
+        watch = Watch(rank, store, lambda: timeout_s, late)
         watch.start()
         made.append(watch)
         return watch

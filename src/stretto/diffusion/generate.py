@@ -27,7 +27,7 @@ from stretto.diffusion.output import Media
 from stretto.errors import ConfigError, PlanMismatch, UnsupportedPipeline
 from stretto.mesh.launch import Tell
 from stretto.mesh.local import LocalWorld
-from stretto.mesh.mesh import Mesh, init_mesh
+from stretto.mesh.mesh import WARMING_UP, Mesh, init_mesh
 from stretto.plan.model import Plan
 from stretto.plan.options import Steps
 
@@ -248,7 +248,8 @@ class Worker:
     @contextmanager
     def _told(self, stage: str) -> Iterator[None]:
         """The pipeline's progress goes to the parent: for people, and as a sign of life."""
-        self._tell(stage)
+        # Text encoding and the first window load kernels and compile; then notes come by the step.
+        self._tell(stage, patience_s=WARMING_UP * self.job.timeout_s)
         pipe, tell = self.pipe, self._tell
 
         def progress_bar(iterable: Any = None, total: int | None = None) -> Progress:

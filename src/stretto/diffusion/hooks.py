@@ -26,7 +26,7 @@ from stretto.diffusion.scheduler import SchedulerPort
 from stretto.diffusion.steps import StepRun
 from stretto.errors import ConfigError, HookDisplaced, LatentsEdited, UnsupportedPipeline
 from stretto.mesh.local import LocalMesh
-from stretto.mesh.mesh import Mesh
+from stretto.mesh.mesh import WARMING_UP, Mesh
 from stretto.plan.model import Plan
 
 #: Marks a wrapper as ours, so that a second attachment to one module is noticed.
@@ -223,6 +223,8 @@ class Attachment:
         randomness = Randomness(_generators(arguments), own_only=isinstance(self.mesh, LocalMesh))
         randomness.adopt(self.mesh)
         self._run = self._new_run(randomness)
+        usual_s = self.mesh.timeout_s
+        self.mesh.allow(WARMING_UP * usual_s)
         try:
             result = original(self.pipe, *args, **kwargs)
             self.report = self._run.finish()
@@ -232,6 +234,7 @@ class Attachment:
             raise
         finally:
             self._run = None
+            self.mesh.allow(usual_s)
 
     def _leave_peers(self, error: BaseException) -> None:
         """Say why this rank ends; end the waits of the others, unless they end by themselves.

@@ -41,7 +41,7 @@ from stretto.errors import (
     UnsupportedPipeline,
 )
 from stretto.mesh.count import CountingMesh
-from stretto.mesh.mesh import Mesh
+from stretto.mesh.mesh import WARMING_UP, Mesh
 from stretto.plan.model import Plan
 from stretto.plan.options import Adaptive
 
@@ -102,6 +102,7 @@ class StepRun:
         self.debug = debug
         self.rank = mesh.rank("step")
         self.interrupted = False
+        self._is_warm = False
         self._says = says
         self._predictor = predictor
         self._meeting = meeting
@@ -283,6 +284,10 @@ class StepRun:
     def _next_window(self) -> None:
         window = self.window
         self.deferred.close_window()
+        if window.size > 1 and not self._is_warm:
+            # Every denoiser call of this form has been made once, on every rank.
+            self._is_warm = True
+            self.mesh.allow(self.mesh.timeout_s / WARMING_UP)
         if self.position < len(self.noise):
             self.predictor.close_window(window.start, window.size)
         self.report.add(

@@ -56,7 +56,11 @@ class Watch:
     """
 
     def __init__(
-        self, rank: int, store: dist.Store, timeout_s: float, late: Callable[[Await], None]
+        self,
+        rank: int,
+        store: dist.Store,
+        timeout_s: Callable[[], float],
+        late: Callable[[Await], None],
     ):
         #: Called, each once, to end what this rank waits for.
         self.enders: list[Callable[[], None]] = []
@@ -148,7 +152,7 @@ class Watch:
 
     def _follow(self) -> None:
         while not self._stop.wait(LOOK_S):
-            late = self._overdue(self._timeout_s)
+            late = self._overdue(self._timeout_s())
             if late:
                 self._late(late)
             if self._reason:

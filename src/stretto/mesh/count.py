@@ -53,6 +53,10 @@ class CountingMesh(Mesh):
     def abort(self, reason):
         self.mesh.abort(reason)
 
+    def allow(self, timeout_s):
+        self.mesh.allow(timeout_s)
+        super().allow(timeout_s)
+
     def check(self):
         self.mesh.check()
 

@@ -84,7 +84,8 @@ def launch(
     reaches `on_note` in this process. One rank runs in this process, without a launcher.
     All processes have ended when it returns. Raises what a rank raised: errors of the tree in
     their own type, others as LaunchError, both with the rank's traceback in `__notes__`;
-    RankLost when a rank dies, or when no rank gives a sign for `timeout_s` seconds.
+    RankLost when a rank dies, or when no rank gives a sign for `timeout_s` seconds; a note may ask
+    for more until the next one, with `patience_s=`.
     """
     if ranks == 1:
         return [_here(entry, args, threads, on_note)]
@@ -198,7 +199,8 @@ class _Watch:
     @property
     def _patience_s(self) -> float:
         """Seconds of silence that are a stall; the first sign waits for the server's imports."""
-        limit = self.timeout_s + GRACE_S
+        asked = [note.get("patience_s", 0.0) for note in self.notes.values()]
+        limit = max(self.timeout_s, *asked, 0.0) + GRACE_S
         return limit if len(self.notes) == self.ranks else max(limit, START_S)
 
     def _read(self) -> bool:

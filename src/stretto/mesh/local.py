@@ -185,6 +185,10 @@ class LocalMesh(Mesh):
 
         return Pending(finish)
 
+    def allow(self, timeout_s):
+        super().allow(timeout_s)
+        self.world.timeout_s = timeout_s
+
     def abort(self, reason):
         self.world.failed.setdefault(self.world_rank, RankLost(reason))
         self.world.turn.notify_all()

@@ -23,6 +23,8 @@ Result = TypeVar("Result")
 
 #: Seconds a wait may last before its peers are reported lost.
 TIMEOUT_S = 300.0
+#: How often that is the limit while ranks warm up: kernels load and models compile at first use.
+WARMING_UP = 3
 CARRIERS = ("auto", "nccl", "symmetric", "gloo")
 
 
@@ -145,6 +147,13 @@ class Mesh(ABC):
     @abstractmethod
     def abort(self, reason: str) -> None:
         """End the waits of every rank of the mesh: they raise RankLost with this reason."""
+
+    def allow(self, timeout_s: float) -> None:
+        """From here on this rank's waits may last so long, up to WARMING_UP times the first limit.
+
+        All ranks allow the same at the same places.
+        """
+        self.timeout_s = timeout_s
 
     @abstractmethod
     def check(self) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from stretto import axes
 from stretto.errors import MeshTimeout, RankLost
 from stretto.mesh.abort import Await, Watch, end_waits
-from stretto.mesh.mesh import Mesh, Pending
+from stretto.mesh.mesh import WARMING_UP, Mesh, Pending
 
 #: Channels of one axis; more would share tags with the next axis.
 CHANNELS = 16
@@ -37,7 +37,9 @@ class ProcessMesh(Mesh):
         self._store = store
         self._groups: dict[tuple, dist.ProcessGroup] = {}
         self._is_nccl = self.device.type == "cuda" and "nccl" in dist.get_backend_config()
-        self.watch = Watch(self.world_rank, store, self.timeout_s, self._late)
+        # Torch's own deadlines are set with a group and stay; ours end every wait before them.
+        self._longest_s = WARMING_UP * self.timeout_s + LEEWAY_S
+        self.watch = Watch(self.world_rank, store, lambda: self.timeout_s, self._late)
         for axis in (None, *(a for a, size in self.sizes.items() if size > 1)):
             self._group(axis)
         self.watch.start()
@@ -110,7 +112,7 @@ class ProcessMesh(Mesh):
             self.watch.gather(key, members, self.timeout_s)
             group = dist.new_group(
                 list(members),
-                timeout=timedelta(seconds=self.timeout_s + LEEWAY_S),
+                timeout=timedelta(seconds=self._longest_s),
                 use_local_synchronization=True,
             )
             assert isinstance(group, dist.ProcessGroup), "a member gets its group"
