@@ -102,12 +102,26 @@ def test_few_fast_heads_choose_heads_and_few_heads_choose_rows():
     assert search.rank_plans(few, h100).best.cp.ulysses <= 4
 
 
-def test_startrail_wins_where_its_group_is_a_node():
-    """2 x 16 behind one port each: placement is all that crosses, and it may be kept."""
+def test_behind_one_port_per_node_little_may_cross():
+    """2 x 16: StarTrail that keeps what it placed crosses once, and so do heads across nodes."""
     ranking = search.rank_plans(Training.of("gpt3-6.7b", 2**17), Cluster.read("a100-2x16"))
+    first = ranking.choices[0].estimate
     ring = next(each for each in ranking.named() if each.name == "ring")
-    assert ranking.best.cp.schedule.kind == "startrail"
-    assert ring.estimate.seconds > 1.7 * ranking.choices[0].estimate.seconds
+    assert ring.estimate.seconds > 1.7 * first.seconds
+    stars = [c for c in ranking.choices if c.plan.cp.schedule.kind == "startrail"]
+    assert stars[0].plan.cp.schedule.keep == "far"
+    assert stars[0].estimate.seconds < 1.01 * first.seconds
+    heads = [c for c in ranking.choices if c.plan.placement and c.plan.cp.ulysses > 1]
+    assert heads[0].plan.placement.order[0] == "ulysses"
+    assert heads[0].estimate.memory.total < stars[0].estimate.memory.total
+
+
+def test_orders_are_looked_at_where_a_sequence_crosses_nodes():
+    job = Training.of(model(), 4096, sequences=2)
+    crossing = search.candidates(job, two_level(2, 4))
+    orders = {(p.dp.degree, p.placement.order[0]) for p, _ in crossing if p.placement}
+    assert orders == {(1, "ulysses"), (1, "team_out")}
+    assert not [p for p, _ in search.candidates(job, two_level(1, 8)) if p.placement]
 
 
 def test_a_plan_that_does_not_fit_names_the_shortage_and_the_nearest():

@@ -12,6 +12,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_serializer,
 )
 
@@ -44,6 +45,27 @@ class Origin(BaseModel):
     note: str = ""
 
 
+class Placement(BaseModel):
+    """In which order axes span the ranks: neighbours on the last one sit side by side.
+
+    `order`: axes, outermost first; those that it does not name come before, in mesh order. Shards
+    follow logical positions, so an order changes who is whose neighbour and no result.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    order: tuple[str, ...]
+
+    @field_validator("order")
+    @classmethod
+    def _known(cls, order: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [axis for axis in order if axis not in axes.ORDER]
+        if unknown or len(set(order)) < len(order):
+            raise ValueError(
+                f"order {', '.join(order)}: each of {', '.join(axes.ORDER)} at most once"
+            )
+        return order
+
+
 class Plan(BaseModel):
     """How one job is split over ranks: an option or a degree per axis.
 
@@ -59,6 +81,7 @@ class Plan(BaseModel):
     cfg: Annotated[Guidance, _option(lambda n: Guidance(degree=n))] = Field(
         default_factory=Guidance
     )
+    placement: Placement | None = None
     origin: Origin | None = None
 
     def __init__(self, **fields: Any):
@@ -75,9 +98,12 @@ class Plan(BaseModel):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Axis sizes in mesh order."""
+        """Axis sizes in the order of the mesh, that of `placement` where there is one."""
         own = {"step": self.step.degree, "fsdp": self.dp.degree, "cfg": self.cfg.degree}
-        return axes.ordered(own | self.cp.sizes)
+        sizes = axes.ordered(own | self.cp.sizes)
+        moved = self.placement.order if self.placement else ()
+        before = {axis: n for axis, n in sizes.items() if axis not in moved}
+        return before | {axis: sizes[axis] for axis in moved}
 
     @property
     def world_size(self) -> int:
@@ -94,7 +120,8 @@ class Plan(BaseModel):
     def __repr__(self) -> str:
         options = (self.step, self.dp, self.cfg, self.cp)
         parts = [o.short() for o in options if o.degree > 1] or ["one rank"]
-        return f"{self.kind}: {' '.join(parts)} = {self.world_size} ranks"
+        order = f", order {' '.join(self.placement.order)}" if self.placement else ""
+        return f"{self.kind}: {' '.join(parts)} = {self.world_size} ranks{order}"
 
     def __str__(self) -> str:
         return repr(self)

@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from stretto import axes
 from stretto.cluster.model import Cluster
 from stretto.cost.train import TrainEstimate, estimate
 from stretto.errors import Infeasible
 from stretto.plan.checks import divisors
 from stretto.plan.context import legal_ulysses, named_points
-from stretto.plan.model import Origin, Plan
+from stretto.plan.model import Origin, Placement, Plan
 from stretto.plan.options import Context, Data, DoubleRing, Gather, Schedule, StarTrail, Tile
 from stretto.quantities import short
 from stretto.workload.train import Training
@@ -131,12 +132,31 @@ def rank_plans(training: Training, cluster: Cluster, *, ranks: int | None = None
 
 def candidates(training: Training, cluster: Cluster) -> Iterator[tuple[Plan, str]]:
     """(plan, name) of all plans for the whole cluster; the name of a named point, else ""."""
+    inside = node_size(cluster)
     for dp in divisors(math.gcd(training.sequences, cluster.size)):
         seen: set[Context] = set()
         for context, name in contexts(training, cluster, cluster.size // dp):
-            if context not in seen:
-                seen.add(context)
-                yield Plan(kind="train", dp=Data(shard=dp), cp=context), name
+            if context in seen:
+                continue
+            seen.add(context)
+            plan = Plan(kind="train", dp=Data(shard=dp), cp=context)
+            yield plan, name
+            if context.degree > inside:
+                for placement in placements(context):
+                    yield plan.model_copy(update={"placement": placement}), ""
+
+
+def placements(context: Context) -> Iterator[Placement]:
+    """Other orders of a plan of one level: each of its axes across nodes, the others inside.
+
+    Plans of two levels name their orders themselves.
+    """
+    if context.two_level:
+        return
+    used = [axis for axis, size in axes.ordered(context.sizes).items() if size > 1]
+    for outermost in used[1:]:
+        rest = (axis for axis in used if axis != outermost)
+        yield Placement(order=(outermost, *rest))
 
 
 def contexts(training: Training, cluster: Cluster, ranks: int) -> Iterator[tuple[Context, str]]:
