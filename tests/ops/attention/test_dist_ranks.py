@@ -68,6 +68,7 @@ def test_two_levels_on_eight_processes(contexts):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("ranks", [8, 16])
 def test_all_named_points_on_more_processes(ranks):
     for contexts in by_sizes(named_points(ranks, ranks, ranks).values()):
