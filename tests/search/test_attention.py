@@ -110,7 +110,7 @@ def test_behind_one_port_per_node_little_may_cross():
     assert ring.estimate.seconds > 1.7 * first.seconds
     stars = [c for c in ranking.choices if c.plan.cp.schedule.kind == "startrail"]
     assert stars[0].plan.cp.schedule.keep == "far"
-    assert stars[0].estimate.seconds < 1.01 * first.seconds
+    assert stars[0].estimate.seconds < 1.05 * first.seconds
     heads = [c for c in ranking.choices if c.plan.placement and c.plan.cp.ulysses > 1]
     assert heads[0].plan.placement.order[0] == "ulysses"
     assert heads[0].estimate.memory.total < stars[0].estimate.memory.total
