@@ -24,6 +24,7 @@ from stretto.bench.links_cases import (
     Rates,
     Wanted,
     interface_bytes,
+    kernel_of,
     kernel_seconds,
     wanted,
 )
@@ -66,7 +67,7 @@ class Size:
     calls: tuple[Call, ...] = (Call(8), Call(2))
     modes: tuple[str, ...] = (FREE, TIMED)
     rate: float = 200e6 / 8
-    flop_rate: float = 5e9
+    flop_rate: float = 7e8
     repeats: int = 5
     floor_repeats: int = 3
     slow: float = 2.5
@@ -179,9 +180,9 @@ class _Bench:
             for mode in self.size.modes:
                 due = [task for task in tasks if task.mode == mode and self._due(task, tasks)]
                 self._round(due, f"{call.name} {mode} {number}", lambda task: task.times, True)
-        floors = {task.plan.context: task.floor for task in free}
+        floors = {task.plan.plan: task.floor for task in free}
         return [
-            _row(self.layout, call, task, name, floors.get(task.plan.context, []))
+            _row(self.layout, call, task, name, floors.get(task.plan.plan, []))
             for task in tasks
             for name in task.plan.names
         ]
@@ -198,10 +199,12 @@ class _Bench:
         tasks = []
         for plan in wanted(self.layout, call, rates.cluster(self.layout, flop_rate)):
             self.numbers += 1
-            self.fleet.ask("prepare", self.numbers, plan.context, call.of(plan.context), flop_rate)
-            crossing = interface_bytes(plan.context, call, self.layout)
+            context, kernel = plan.plan.cp, kernel_of(flop_rate)
+            task = (plan.plan.sizes, context, call.of(context), (kernel.forward, kernel.backward))
+            self.fleet.ask("prepare", self.numbers, *task)
+            crossing = interface_bytes(plan.plan, call, self.layout)
             ideal = {name: count / self.size.rate for name, count in crossing.items()}
-            kernels = kernel_seconds(plan.context, call, flop_rate)
+            kernels = kernel_seconds(context, call, flop_rate)
             tasks.append(_Task(self.numbers, mode, plan, ideal, kernels, crossing))
         return tasks
 
@@ -242,14 +245,14 @@ class _Bench:
 
 def _row(layout: Layout, call: Call, task: _Task, name: str, floor: list) -> dict[str, Any]:
     """What was found of a plan, under one of its names."""
-    context, quiet = task.plan.context, quiet_of(task.times)
+    plan, quiet = task.plan.plan, quiet_of(task.times)
     return {
         "layout": str(layout),
         "heads": call.name,
         "mode": task.mode,
         "who": name,
-        "plan": context.short(),
-        "keep": context.schedule.keep,
+        "plan": str(plan),
+        "keep": plan.cp.schedule.keep,
         "named": not name.startswith("auto"),
         "ms": [1e3 * _total(pair) for pair in quiet],
         "repeats": len(task.times),

@@ -1,6 +1,8 @@
 """What `bench links` runs: node layouts, attention calls, plans, and what each must take at least.
 
-Arithmetic only. Blocks are 256 KiB as in the call's queries of one rank.
+Arithmetic only. A block, the queries of one rank, is 256 KiB. Tensors are float64: that gives a
+block the fewest elements, so the host's own arithmetic (merging, adding) weighs least; which plan
+sends how many blocks does not depend on it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 
 from stretto import axes
 from stretto.cluster.model import Cluster, Device, Kernel, Link, Network, Node
+from stretto.cost import attention
 from stretto.cost.train import TrainEstimate, estimate
 from stretto.plan.context import named_points
 from stretto.plan.model import Plan
@@ -49,14 +52,14 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A causal attention of equal shards in bfloat16: `rows` x `heads` x `head_dim` per rank.
+    """A causal attention of equal shards in float64: `rows` x `heads` x `head_dim` per rank.
 
-    The default block, a rank's queries, is 256 KiB.
+    As many heads as in one tensor-parallel share of a model: too few for Ulysses over 16 ranks.
     """
 
     kv_heads: int
     heads: int = 8
-    rows: int = 128
+    rows: int = 32
     head_dim: int = 128
 
     @property
@@ -66,7 +69,7 @@ class Call:
 
     @property
     def block_bytes(self) -> int:
-        return 2 * self.rows * self.heads * self.head_dim
+        return 8 * self.rows * self.heads * self.head_dim
 
     def of(self, context: Context, rank: int = 0) -> AttentionCase:
         """The call as a rank sees it."""
@@ -75,6 +78,7 @@ class Call:
             tokens=self.rows * context.degree,
             heads=(self.heads, self.kv_heads),
             head_dim=self.head_dim,
+            item_bytes=8,
             mask=Mask(causal=True),
             rank=rank,
         )
@@ -92,7 +96,7 @@ class Call:
             feed_forward=width,
             vocab=0,
         )
-        return Training.of(arch, self.rows * ranks)
+        return Training.of(arch, self.rows * ranks, dtype="fp64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +113,13 @@ class Rates:
 
     def cluster(self, layout: Layout, flop_rate: float) -> Cluster:
         """The cluster that the cost model is asked about."""
-        kernel = Kernel(forward=flop_rate, backward=flop_rate, source="emulated by sleeping")
-        device = Device(
-            memory=2**40, memory_rate=1e12, bf16=flop_rate, source="emulated", attention=kernel
-        )
         names = [f"n{number}" for number in range(layout.nodes)]
         inside = {"rate": self.inside, "latency": self.latency_inside, "source": "measured"}
         joined = names if layout.per_node > 1 else ()
         return Cluster(
             name=f"{layout} namespaces",
             basis="measured",
-            devices={"rank": device},
+            devices={"rank": device_of(flop_rate)},
             nodes=tuple(Node(name=name, devices=("rank", layout.per_node)) for name in names),
             links=tuple(Link(within=name, **inside) for name in joined),
             network=Network(
@@ -128,12 +128,22 @@ class Rates:
         )
 
 
+def device_of(flop_rate: float) -> Device:
+    """The modelled device, by its matmul rate."""
+    return Device(memory=2**40, memory_rate=1e12, fp64=flop_rate, source="emulated by sleeping")
+
+
+def kernel_of(flop_rate: float) -> Kernel:
+    """Rates of its attention kernels, as the cost model takes them."""
+    return attention.kernel_of(device_of(flop_rate), "fp64")
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """A plan to be timed: its names, and what the cost model says of it."""
 
     names: tuple[str, ...]
-    context: Context
+    plan: Plan
     estimate: TrainEstimate
 
     @property
@@ -156,30 +166,27 @@ def wanted(layout: Layout, call: Call, cluster: Cluster) -> list[Wanted]:
     A plan that is named and chosen is one plan with two names.
     """
     training = call.training(layout.ranks)
-    points = named_points(layout.ranks, call.heads, call.kv_heads)
-    names: dict[Context, list[str]] = {}
-    for name, context in points.items():
-        names.setdefault(context, []).append(name)
-    choices = [choice.plan.cp for choice in rank_plans(training, cluster).choices]
+    names: dict[Plan, list[str]] = {}
+    for name, context in named_points(layout.ranks, call.heads, call.kv_heads).items():
+        names.setdefault(Plan(kind="train", cp=context), []).append(name)
+    choices = [choice.plan for choice in rank_plans(training, cluster).choices]
     names.setdefault(choices[0], []).append("auto")
-    if choices[0].schedule.keep != "none":
-        lean = next(context for context in choices if context.schedule.keep == "none")
+    if choices[0].cp.schedule.keep != "none":
+        lean = next(plan for plan in choices if plan.cp.schedule.keep == "none")
         names.setdefault(lean, []).append("auto, keep none")
     return [
-        Wanted(tuple(own), context, estimate(training, cluster, Plan(kind="train", cp=context)))
-        for context, own in names.items()
+        Wanted(tuple(own), plan, estimate(training, cluster, plan)) for plan, own in names.items()
     ]
 
 
-def interface_bytes(context: Context, call: Call, layout: Layout) -> dict[str, int]:
+def interface_bytes(plan: Plan, call: Call, layout: Layout) -> dict[str, int]:
     """By pass: bytes through the busiest way of the busiest node's interface, in or out."""
-    sizes = axes.ordered(context.sizes)
     loads = {name: Counter[tuple[str, int]]() for name in PASSES}
     for world in range(layout.ranks):
-        done = schedule(context, call.of(context, axes.position(world, "cp", sizes)))
+        done = schedule(plan.cp, call.of(plan.cp, axes.position(world, "cp", plan.sizes)))
         for name, load in loads.items():
             for move in done.moves((name,)):
-                peers = axes.peers(world, move.axis, sizes)
+                peers = axes.peers(world, move.axis, plan.sizes)
                 here = layout.node_of[world]
                 for position, rows in move.sends.items():
                     there = layout.node_of[peers[position]]
@@ -194,5 +201,7 @@ def kernel_seconds(context: Context, call: Call, flop_rate: float) -> dict[str, 
     pairs = max(
         schedule(context, call.of(context, rank)).pair_count() for rank in range(context.degree)
     )
+    kernel = kernel_of(flop_rate)
     flops = 4.0 * call.head_dim * (call.heads // context.ulysses) * pairs
-    return {"forward": flops / flop_rate, "backward": 2.5 * flops / flop_rate}
+    back = attention.BACKWARD_FLOPS * flops
+    return {"forward": flops / kernel.forward, "backward": back / kernel.backward}

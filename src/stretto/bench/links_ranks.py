@@ -198,18 +198,25 @@ class Worker:
     meshes: dict[tuple, Mesh] = field(default_factory=dict)
     tasks: dict[int, Task] = field(default_factory=dict)
 
-    def prepare(self, number: int, context: Context, case: AttentionCase, flop_rate: float) -> None:
+    def prepare(
+        self,
+        number: int,
+        sizes: Mapping[str, int],
+        context: Context,
+        case: AttentionCase,
+        rates: tuple[float, float],
+    ) -> None:
         """Make what the task of this number needs; the call is causal, of equal shards."""
-        mesh = self._mesh(context.sizes)
+        mesh = self._mesh(sizes)
         case = case.at(mesh.rank("cp"))
         generator = torch.Generator().manual_seed(case.rank)
 
         def draw(heads: int) -> Tensor:
             shape = (case.batch, heads, case.q_rows[case.rank].rows, case.head_dim)
-            return torch.randn(shape, generator=generator).to(torch.bfloat16)
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
 
         tensors = draw(case.heads_q), draw(case.heads_kv), draw(case.heads_kv)
-        backend = sleeping(flop_rate)
+        backend = sleeping(*rates)
         self.tasks[number] = Task(mesh, context, case, backend, tensors, draw(case.heads_q))
 
     def forward(self, start: float, number: int) -> dict[str, float]:
@@ -246,7 +253,7 @@ class Worker:
         return clock.read()
 
     def _mesh(self, sizes: Mapping[str, int]) -> Mesh:
-        key = tuple(sorted(sizes.items()))
+        key = tuple(sizes.items())
         if key not in self.meshes:
             self.meshes[key] = init_mesh(Axes(sizes), device="cpu", timeout_s=_ANSWER_S)
         return self.meshes[key]
@@ -273,16 +280,16 @@ class _Clock:
 # ---- a kernel that takes time and computes nothing -----------------------------------------------
 
 
-def sleeping(flop_rate: float) -> Backend:
-    """A back end whose kernels sleep as long as their FLOP take at `flop_rate`.
+def sleeping(forward_rate: float, backward_rate: float) -> Backend:
+    """A back end whose kernels sleep as long as their FLOP take at these rates.
 
     Results are the inputs, of right shape and without meaning; all that surrounds kernels is done
     as ever, so the same plan moves the same bytes.
     """
 
     def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float):
-        _sleep(4.0, q, k, causal, flop_rate)
-        return q, q.new_zeros(q.shape[:-1], dtype=torch.float32)
+        _sleep(4.0, q, k, causal, forward_rate)
+        return q, q.new_zeros(q.shape[:-1])
 
     def backward(
         dout: Tensor,
@@ -294,7 +301,7 @@ def sleeping(flop_rate: float) -> Backend:
         causal: bool,
         scale: float,
     ):
-        _sleep(10.0, q, k, causal, flop_rate)
+        _sleep(10.0, q, k, causal, backward_rate)
         return q, k, v
 
     return Backend(
@@ -302,13 +309,14 @@ def sleeping(flop_rate: float) -> Backend:
         forward=forward,
         backward=backward,
         devices=("cpu",),
-        dtypes=(torch.bfloat16,),
+        dtypes=(torch.float64,),
     )
 
 
-def _sleep(per_product: float, q: Tensor, k: Tensor, causal: bool, flop_rate: float) -> None:
+def _sleep(per_pair: float, q: Tensor, k: Tensor, causal: bool, flop_rate: float) -> None:
     """`q` is (n, H, r, D) and `k` (n, G, s, D); a causal square has half of its pairs."""
-    pairs = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (0.5 if causal else 1.0)
-    seconds = per_product * q.shape[3] * pairs / flop_rate
+    count, heads, rows, head_dim = q.shape
+    pairs = count * heads * rows * k.shape[2] * (0.5 if causal else 1.0)
+    seconds = per_pair * head_dim * pairs / flop_rate
     if seconds > 1e-6:
         time.sleep(seconds)

@@ -136,11 +136,14 @@ def _walk(
     """(seconds of the walk, seconds of its hops alone).
 
     An inner hop hides under one step, an outer hop under a cycle of the inner ring. What returns
-    to owners follows each step and is spread over them; the last return is the pipeline's fill.
+    to owners follows each step and is spread over them; the last return follows the last kernel
+    and hides under nothing.
     """
-    inner, outer = 0.0, 0.0
+    inner, outer, fill = 0.0, 0.0, 0.0
     for term in hidden:
-        cost = _all_goes(term, sizes, fabric)
+        last = _last(term, sizes, fabric) if term.phase == "back-owner" else 0.0
+        cost = _all_goes(term, sizes, fabric) - last
+        fill += last
         if term.axis == "ring_out":
             outer += cost
         else:
@@ -154,8 +157,7 @@ def _walk(
     for steps in cycles[:-1]:
         seconds += max(_steps(steps, one_in), one_out)
     seconds += _steps(cycles[-1], one_in) if cycles else 0.0
-    fill = sum(_last(t, sizes, fabric) for t in hidden if t.phase == "back-owner")
-    return seconds + fill, inner + outer
+    return seconds + fill, inner + outer + fill
 
 
 def _steps(kernels: Sequence[float], hop: float) -> float:
