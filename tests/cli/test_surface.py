@@ -7,6 +7,7 @@ SURFACE = {
     "bench exactness": {"--json", "--only", "--out", "--ranks", "-o"},
     "bench families": {"--json", "--only", "--out", "--ranks", "-o"},
     "bench steps": {"--json", "--out", "--quick", "--repeats", "-o"},
+    "bench train": {"--json", "--out", "--quick", "-o"},
     "doctor": {"--json"},
     "explain": {
         "--cluster",

@@ -35,6 +35,10 @@ def _tables(case: str) -> Callable[[dict[str, Any], Console], list[str]]:
         from stretto.cli.families_table import show_families
 
         return show_families
+    if case == "train":
+        from stretto.cli.bench_train_table import show_train
+
+        return show_train
     return _exactness if case == "exactness" else _steps
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,11 +93,16 @@ class Outcome:
 
 def run(tell: Tell, job: Job) -> Outcome:
     """Body of a rank: build, resume, train. Raises RankLost naming the last checkpoint."""
+    return on_mesh(job, lambda mesh: Rank(tell, job, mesh).run())
+
+
+def on_mesh(job: Job, work: Callable[[Mesh], Outcome]) -> Outcome:
+    """What `work` makes of the job's mesh, its errors told to the peers and theirs completed."""
     with _process_group(job):
         mesh = init_mesh(job.plan, device=job.device, timeout_s=job.timeout_s)
         try:
             with _peers(mesh, job):
-                return Rank(tell, job, mesh).run()
+                return work(mesh)
         finally:
             mesh.close()
 

@@ -50,6 +50,7 @@ class Trainer:
         self.micro_batch = plan.dp.micro_batch
         self.micro_steps = accumulation(recipe.sequences, mesh.size("fsdp"), self.micro_batch)
         self.parameters = sum(p.numel() for p in model.parameters())
+        self.small = shards.is_small(model)
         self.done = 0
 
     def step(self) -> Stepped:
@@ -75,7 +76,9 @@ class Trainer:
     def backward(self, batch: Batch) -> torch.Tensor:
         """Accumulate gradients of the mean loss; this rank's share of that loss."""
         share = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for part in batch.parts:
+        for number, part in enumerate(batch.parts):
+            if self.small:
+                shards.between(self.model, last=number == len(batch.parts) - 1)
             loss = self.task.loss(self.model, part) / batch.terms
             loss.backward()
             share += loss.detach()

@@ -28,6 +28,11 @@ STORED = {
 }
 
 
+#: Weights of at most this many bytes stay gathered through a step, and their gradients are summed
+#: once in it: the memory is small, and so would the messages of every micro-batch be.
+SMALL_BYTES = 256 * 2**20
+
+
 class Initial(Protocol):
     """A model that knows its first values."""
 
@@ -52,8 +57,10 @@ def data_mesh(mesh: Mesh) -> DeviceMesh:
 def shard(model: nn.Module, over: DeviceMesh, dtype: str) -> None:
     """Shard every block and what is left over the ranks of `over`, in place.
 
-    A rank gathers a block's weights when it is needed and frees them after it.
+    A rank gathers a block's weights when it is needed and frees them after it; small models are
+    gathered once per step.
     """
+    keep = is_small(model)
     policy = MixedPrecisionPolicy()
     if dtype == "bfloat16":
         # Rotary angles are float32 inputs of a block and must stay so.
@@ -61,7 +68,7 @@ def shard(model: nn.Module, over: DeviceMesh, dtype: str) -> None:
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     for block in blocks(model):
-        fully_shard(block, mesh=over, mp_policy=policy)
+        fully_shard(block, mesh=over, mp_policy=policy, reshard_after_forward=not keep)
     fully_shard(model, mesh=over, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -69,6 +76,21 @@ def shard(model: nn.Module, over: DeviceMesh, dtype: str) -> None:
             # which does not see a factor, hides that. Sums, since gloo has no scaled reduction.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def is_small(model: nn.Module) -> bool:
+    """Whether all weights together may stay gathered."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) <= SMALL_BYTES
+
+
+def between(model: nn.Module, *, last: bool) -> None:
+    """Before a micro-batch of a small model: only after the last are gradients summed over ranks.
+
+    Until then they add up in the dtype in which they are summed.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
 
 
 def reshard(model: nn.Module) -> None:
