@@ -1,0 +1,1 @@
+"""Published implementations run beside ours: how they are installed, called and counted."""
