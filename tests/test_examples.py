@@ -1,7 +1,10 @@
 """The examples in one process at toy size; examples/generate.py, on ranks, is in test_docs.py."""
 
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,3 +37,22 @@ def test_calibrated_writes_a_file_and_runs_it(output_of, tmp_path):
     assert (tmp_path / "calibration.yaml").is_file()
     used = re.search(r"step2\(listed ([\d ]+),", said)[1]
     assert f"windows {used}\n" in said
+
+
+def test_a_loop_of_your_own_learns(output_of):
+    said = output_of("train.py", STEPS=20)
+    first, last = re.findall(r"loss (\d+\.\d+)", said)
+    assert float(last) < float(first) < 5.6  # log 256 is 5.5
+
+
+@pytest.mark.ranks
+def test_a_loop_of_your_own_prints_the_same_on_two_ranks(output_of):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, EXAMPLES / "train.py"],
+        env={**os.environ, "STEPS": "20"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == output_of("train.py", STEPS=20)
