@@ -127,6 +127,52 @@ def bench_attention(
     return 1 if result["summary"]["wrong"] else 0
 
 
+@app.command(name="links")
+def bench_links(
+    *,
+    rate: Annotated[float, Parameter(validator=validators.Number(gt=0))] = 200.0,
+    repeats: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 5,
+    quick: bool = False,
+    out: _Out = Path("links.json"),
+    json: bool = False,
+) -> int:
+    """Time every attention plan on emulated nodes: network namespaces with links of one rate.
+
+    Needs root and iproute2. Takes about fifteen minutes on two cores, which must be idle. The file
+    grows with every case; "complete" in it says whether all was run.
+
+    Parameters
+    ----------
+    rate
+        Mbit/s of every node's link, each way. Lower on a slower machine: links must be the
+        bottleneck, not its cores.
+    repeats
+        Interleaved rounds.
+    quick
+        Two nodes of two ranks: shows that everything runs, measures nothing worth quoting.
+    out
+        Where the result is written.
+    json
+        Print the result as JSON.
+    """
+    from dataclasses import replace
+
+    from stretto.bench import links
+    from stretto.bench.result import write
+
+    def keep(found: dict[str, Any]) -> None:
+        # A disk that is full for a moment ends no measurement; the last write raises.
+        with contextlib.suppress(ConfigError):
+            write(out, found)
+
+    size = links.QUICK if quick else replace(links.FULL, repeats=repeats)
+    size = replace(size, rate=rate * 1e6 / 8)
+    with _measuring(out, json) as say:
+        result = links.run(size, say=say, keep=keep)
+    _finish(result, out, json)
+    return 0
+
+
 @app.command(name="families")
 def bench_families(
     *,

@@ -31,6 +31,10 @@ def _tables(case: str) -> Callable[[dict[str, Any], Console], list[str]]:
         from stretto.cli.attention_table import show_attention
 
         return show_attention
+    if case == "links":
+        from stretto.cli.links_table import show_links
+
+        return show_links
     if case == "families":
         from stretto.cli.families_table import show_families
 
