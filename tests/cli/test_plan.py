@@ -99,4 +99,5 @@ def test_explain_refuses_a_workload_of_another_kind(written, tmp_path, capsys):
     assert main(["explain", str(plan), "--workload", str(other)]) == 2
     assert "describes a generation" in capsys.readouterr().err
     assert main(["explain", str(plan), "--tokens", "8"]) == 2
+    assert main(["explain", str(plan), "--steps", "8"]) == 2
     assert main(["explain", str(plan), "--model", "gpt-tiny", "--workload", str(job)]) == 2

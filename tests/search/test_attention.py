@@ -116,6 +116,21 @@ def test_behind_one_port_per_node_little_may_cross():
     assert heads[0].estimate.memory.total < stars[0].estimate.memory.total
 
 
+@pytest.mark.parametrize(
+    ("fields", "layouts"),
+    [
+        ({}, {"auto"}),
+        ({"window": 100}, {"auto", "zigzag"}),  # narrower than a shard: auto is contiguous
+        ({"window": 2000}, {"auto", "contiguous"}),
+        ({"documents": (4000, 96)}, {"auto", "zigzag"}),
+    ],
+)
+def test_layouts_are_looked_at_where_the_best_is_not_known(fields, layouts):
+    training = Training.of(model(), 4096, **fields)
+    ranking = search.rank_plans(training, two_level(2, 4))
+    assert {choice.plan.cp.layout for choice in ranking.choices} == layouts
+
+
 def test_orders_are_looked_at_where_a_sequence_crosses_nodes():
     job = Training.of(model(), 4096, sequences=2)
     crossing = search.candidates(job, two_level(2, 4))

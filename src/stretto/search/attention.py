@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 
 from stretto import axes
 from stretto.cluster.model import Cluster
-from stretto.cost.train import TrainEstimate, estimate
+from stretto.cost.train import TrainEstimate, estimate, mask_of
 from stretto.errors import Infeasible
 from stretto.plan.checks import divisors
 from stretto.plan.context import legal_ulysses, named_points
 from stretto.plan.model import Origin, Placement, Plan
 from stretto.plan.options import Context, Data, DoubleRing, Gather, Schedule, StarTrail, Tile
+from stretto.plan.ranges import resolve_layout
 from stretto.quantities import short
 from stretto.workload.train import Training
 
@@ -165,7 +166,7 @@ def contexts(training: Training, cluster: Cluster, ranks: int) -> Iterator[tuple
     if ranks == 1:
         yield Context(), ""
         return
-    for layout in _layouts(training):
+    for layout in _layouts(training, ranks):
         for name, context in named_points(ranks, heads, kv_heads).items():
             yield replace(context, layout=layout), name
         for context in _one_level(ranks, heads, kv_heads):
@@ -174,13 +175,14 @@ def contexts(training: Training, cluster: Cluster, ranks: int) -> Iterator[tuple
             yield replace(context, layout=layout), ""
 
 
-def _layouts(training: Training) -> list[str]:
+def _layouts(training: Training, ranks: int) -> list[str]:
     """What `auto` means first; others only where the best is not known beforehand."""
-    if training.documents is not None:
-        return ["auto", "zigzag"]
-    if training.seen is not None and training.arch.causal:
-        return ["auto", "zigzag", "contiguous"]
-    return ["auto"]
+    if training.seen is None and training.documents is None:
+        return ["auto"]
+    others = ["zigzag"] if training.documents is not None else ["zigzag", "contiguous"]
+    mask = mask_of(training)
+    meant = resolve_layout("auto", training.tokens, ranks, mask)
+    return ["auto", *(name for name in others if name != meant and mask.causal)]
 
 
 def _one_level(ranks: int, heads: int, kv_heads: int) -> Iterator[Context]:
