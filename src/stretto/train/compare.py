@@ -10,7 +10,7 @@ from typing import Any
 from stretto.mesh.launch import OnNote, Tell, launch
 from stretto.mesh.local import LocalWorld
 from stretto.plan.model import Plan
-from stretto.train.job import WARMUP_STEPS, Job, Outcome, Rank, run
+from stretto.train.job import WARMUP_STEPS, Job, Outcome, Rank, own_group, run
 
 #: Imported once by the server that ranks are forked from.
 PRELOAD = (
@@ -72,7 +72,9 @@ def compare(
 
 def run_apart(tell: Tell, job: Job) -> Outcome:
     """A rank that has nothing to do with the others started beside it."""
-    return Rank(tell, job, LocalWorld(job.plan.sizes, timeout_s=job.timeout_s).mesh(0)).run()
+    with own_group(job):
+        mesh = LocalWorld(job.plan.sizes, device=job.device or "cpu").mesh(0)
+        return Rank(tell, job, mesh).run()
 
 
 def figures(found: Comparison, ranks: int) -> dict[str, Any]:

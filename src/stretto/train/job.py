@@ -19,6 +19,7 @@ from torch import nn
 
 import stretto
 from stretto.errors import ConfigError, MeshTimeout, RankLost, RanksDisagree
+from stretto.mesh.engine import torch_mesh
 from stretto.mesh.launch import Tell
 from stretto.mesh.mesh import Mesh, init_mesh
 from stretto.plan.model import Plan
@@ -98,7 +99,8 @@ def run(tell: Tell, job: Job) -> Outcome:
 
 def on_mesh(job: Job, work: Callable[[Mesh], Outcome]) -> Outcome:
     """What `work` makes of the job's mesh, its errors told to the peers and theirs completed."""
-    with _process_group(job):
+    started_alone = job.plan.world_size == 1 and "RANK" not in os.environ
+    with own_group(job) if started_alone else contextlib.nullcontext():
         mesh = init_mesh(job.plan, device=job.device, timeout_s=job.timeout_s)
         try:
             with _peers(mesh, job):
@@ -194,7 +196,7 @@ def build(task: Task, model: nn.Module, job: Job, mesh: Mesh) -> Trainer:
     recipe = job.recipe
     model.to(shards.STORED[recipe.dtype])
     if shards.sharded(mesh, recipe.dtype):
-        shards.shard(model, shards.data_mesh(mesh), recipe.dtype)
+        shards.shard(model, torch_mesh(mesh), recipe.dtype)
     shards.materialise(model, mesh.device, recipe.seed)
     return Trainer(task, recipe, job.plan, model, mesh)
 
@@ -321,10 +323,9 @@ def _way_on(job: Job) -> str:
 
 
 @contextlib.contextmanager
-def _process_group(job: Job) -> Iterator[None]:
-    """A group of one, where one rank was started without a launcher and shards need a group."""
-    alone = job.plan.world_size == 1 and "RANK" not in os.environ and not dist.is_initialized()
-    if not (alone and job.recipe.dtype == "bfloat16"):
+def own_group(job: Job) -> Iterator[None]:
+    """A default group of this process alone, where shards need one and there is none."""
+    if job.recipe.dtype != "bfloat16" or dist.is_initialized():
         yield
         return
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

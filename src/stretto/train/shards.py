@@ -47,13 +47,6 @@ def sharded(mesh: Mesh, dtype: str) -> bool:
     return mesh.world_size > 1 or dtype == "bfloat16"
 
 
-def data_mesh(mesh: Mesh) -> DeviceMesh:
-    """All ranks that hold shards, in one row: ranks of one cp group share weights as others do."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh(mesh.device.type, (mesh.world_size,))
-
-
 def shard(model: nn.Module, over: DeviceMesh, dtype: str) -> None:
     """Shard every block and what is left over the ranks of `over`, in place.
 
