@@ -11,7 +11,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from stretto.bench import result as document
@@ -36,6 +36,8 @@ from stretto.plan.moves import PASSES
 Say = Callable[..., None]
 Keep = Callable[[dict[str, Any]], None]
 
+#: Rounds that are made also when time is up.
+_LEAST_REPEATS = 3
 #: A repeat is discarded when other work kept more cores busy than this, while enough remain.
 MOST_OTHERS = 0.25
 _NOTES = (
@@ -47,12 +49,13 @@ _NOTES = (
     "apart, total is their sum",
     "ideal: bytes through the busiest way of the busiest node's interface / rate; floor: the same "
     "plan with the links as fast as the machine, median",
-    "predicted: the cost model on the emulated cluster: the limited rate, and a rank's rate inside "
-    "its node measured while all ranks send",
-    "others: cores kept busy by other work during a repeat; repeats above "
-    f"{MOST_OTHERS} are discarded where 3 quieter ones remain",
+    "predicted: the cost model on the emulated cluster: the limited rate, and what was measured "
+    "with all ranks at it: a rank's rate inside its node, latencies, a step without rows",
+    "cores, others: kept busy by the ranks, by other work during a repeat; repeats above "
+    f"{MOST_OTHERS} of the latter are discarded where 3 quieter ones remain",
     "plans whose ideal, or kernels, take `slow` times the least of their case are repeated "
-    "`slow_repeats` times, but for ring, StarTrail and auto",
+    "`slow_repeats` times, but for ring, StarTrail and auto; every case has its share of the "
+    "minutes, and fewer repeats, three at least, where they do not suffice",
     "auto and a named plan that are one plan are measured once",
 )
 
@@ -69,10 +72,20 @@ class Size:
     rate: float = 200e6 / 8
     flop_rate: float = 7e8
     repeats: int = 5
-    floor_repeats: int = 3
-    slow: float = 2.5
+    floor_repeats: int = 2
+    slow: float = 2.0
     slow_repeats: int = 1
+    minutes: float = 14.0
     emulated: bool = True
+
+    def shares(self) -> dict[tuple[Layout, Call], float]:
+        """Seconds for every case: by its bytes, and by what each of its ranks does in any case."""
+        weights = {
+            (layout, call): layout.ranks * (call.kv_heads + call.heads / 2)
+            for layout in self.layouts
+            for call in self.calls
+        }
+        return {case: 60 * self.minutes * w / sum(weights.values()) for case, w in weights.items()}
 
 
 FULL = Size()
@@ -99,12 +112,14 @@ def run(size: Size = FULL, *, say: Say | None = None, keep: Keep | None = None) 
         emulated=size.emulated,
         rates={},
     )
-    began = time.monotonic()
+    began = end = time.monotonic()
     for layout in size.layouts:
         with _started(size, layout) as (nodes, fleet):
             bench = _Bench(found, size, layout, nodes, fleet, say or (lambda *_: None))
             for call in size.calls:
-                found["rows"] += bench.case(call)
+                # What one case leaves of its time, the next may use.
+                end += size.shares()[layout, call]
+                found["rows"] += bench.case(call, end)
                 found["summary"] = summary(found["rows"])
                 found["seconds"] = time.monotonic() - began
                 if keep:
@@ -160,15 +175,10 @@ class _Bench:
     say: Say
     numbers: int = 0
 
-    def case(self, call: Call) -> list[dict[str, Any]]:
-        """Rows of every plan and mode of a call, after interleaved rounds."""
+    def case(self, call: Call, end: float) -> list[dict[str, Any]]:
+        """Rows of every plan and mode of a call, after interleaved rounds; few rounds after `end`."""
         rates = self._rates()
-        self.found["rates"][str(self.layout)] = {
-            "network": rates.network,
-            "inside": rates.inside,
-            "latency_inside": rates.latency_inside,
-            "latency_across": rates.latency_across,
-        }
+        self.found["rates"][str(self.layout)] = asdict(rates)
         tasks = [task for mode in self.size.modes for task in self._tasks(call, mode, rates)]
         self._limit(on=False)
         free = [task for task in tasks if task.mode == FREE]
@@ -177,6 +187,8 @@ class _Bench:
             self._round(free, f"{call.name} floor {number}", lambda task: task.floor, number > 0)
         self._limit(on=True)
         for number in range(self.size.repeats):
+            if number >= _LEAST_REPEATS and time.monotonic() > end:
+                break
             for mode in self.size.modes:
                 due = [task for task in tasks if task.mode == mode and self._due(task, tasks)]
                 self._round(due, f"{call.name} {mode} {number}", lambda task: task.times, True)
@@ -233,7 +245,8 @@ class _Bench:
         self._limit(on=True)
         if layout.nodes > 1:
             latency_across = self._hop(sizes, "ring_out", 64)
-        return Rates(self.size.rate, inside, latency_inside, latency_across)
+        launch = min(self.fleet.timed("steps", 20).seconds for _ in range(3)) / 40
+        return Rates(self.size.rate, inside, latency_inside, latency_across, launch)
 
     def _hop(self, sizes: dict[str, int], axis: str, count: int) -> float:
         """Seconds of a hop that all ranks make at once: the best of three runs of many."""
@@ -263,6 +276,7 @@ def _row(layout: Layout, call: Call, task: _Task, name: str, floor: list) -> dic
         "kernel_ms": _with_total(task.kernels),
         "predicted_ms": _with_total(task.plan.predicted),
         "interface_blocks": {k: n / call.block_bytes for k, n in task.crossing.items()},
+        "cores": statistics.median(t.own for pair in quiet for t in pair),
         "others": statistics.median(t.others for pair in quiet for t in pair),
         "late_ms": 1e3 * max(t.late for pair in quiet for t in pair),
     }

@@ -102,14 +102,15 @@ class Call:
 @dataclass(frozen=True, slots=True)
 class Rates:
     """Of the emulated cluster. `network`: a node's interface, bytes/s each way, as it is limited;
-    the others measured here: bytes/s of a rank inside its node when all ranks send, and seconds
-    of a small message inside a node and between two.
+    the others measured here, with all ranks at it: bytes/s of a rank inside its node, seconds of a
+    small message inside a node and between two, seconds of a step without rows.
     """
 
     network: float
     inside: float
     latency_inside: float
     latency_across: float
+    launch: float
 
     def cluster(self, layout: Layout, flop_rate: float) -> Cluster:
         """The cluster that the cost model is asked about."""
@@ -119,7 +120,7 @@ class Rates:
         return Cluster(
             name=f"{layout} namespaces",
             basis="measured",
-            devices={"rank": device_of(flop_rate)},
+            devices={"rank": device_of(flop_rate, self.launch)},
             nodes=tuple(Node(name=name, devices=("rank", layout.per_node)) for name in names),
             links=tuple(Link(within=name, **inside) for name in joined),
             network=Network(
@@ -128,9 +129,13 @@ class Rates:
         )
 
 
-def device_of(flop_rate: float) -> Device:
-    """The modelled device, by its matmul rate."""
-    return Device(memory=2**40, memory_rate=1e12, fp64=flop_rate, source="emulated by sleeping")
+def device_of(flop_rate: float, launch: float = 0.0) -> Device:
+    """The modelled device, by its matmul rate and what a step of attention takes at least."""
+    source = "emulated by sleeping"
+    # Rates of attention kernels are known of short dtypes alone, and so not asked for here.
+    kernel = Kernel(forward=flop_rate, backward=flop_rate, launch=launch, source=source)
+    sizes = {"memory": 2**40, "memory_rate": 1e12}
+    return Device(**sizes, fp64=flop_rate, attention=kernel, source=source)
 
 
 def kernel_of(flop_rate: float) -> Kernel:

@@ -7,6 +7,7 @@ moment of the machine's one clock, and last until the last rank has ended.
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -25,9 +26,12 @@ from torch import Tensor
 from stretto.bench.links_nodes import Place
 from stretto.errors import LaunchError, RankLost
 from stretto.mesh.mesh import Mesh, init_mesh
+from stretto.ops.attention import backends
 from stretto.ops.attention.backends import Backend
+from stretto.ops.attention.merge import accumulators
 from stretto.ops.attention.rank import Saved, backward_rank, forward_rank
 from stretto.plan.options import AttentionCase, Context
+from stretto.plan.ranges import Piece
 from stretto.testing.ranks import PRELOAD, Axes
 
 #: Seconds for the ranks to start, and for any of their answers.
@@ -250,6 +254,19 @@ class Worker:
             for _ in range(hops):
                 sends, receives = {(here + 1) % size: out}, {(here - 1) % size: into}
                 mesh.exchange(sends, receives, axis, "rates").wait()
+        return clock.read()
+
+    def steps(self, start: float, count: int) -> dict[str, float]:
+        """`count` steps forward and as many backward, of one row each and kernels of no time."""
+        backend, pieces = sleeping(math.inf, math.inf), [Piece((0, 1), (0, 1), "full")]
+        q, k, v, dout, out = (torch.zeros(1, 1, 1, 1, dtype=torch.float64) for _ in range(5))
+        acc, lse = accumulators(q)
+        sums = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        with _Clock(start) as clock:
+            for _ in range(count):
+                backends.attend_(acc, lse, q, k, v, pieces, 1.0, backend)
+                given = (dout, q, k, v, out, lse, pieces, 1.0, backend)
+                backends.attend_backward_(sums, *given)
         return clock.read()
 
     def _mesh(self, sizes: Mapping[str, int]) -> Mesh:

@@ -29,12 +29,13 @@ class Kernel(_Frozen):
 
     `short` lists (rows, part of the forward rate, of the backward rate) of smaller blocks, in rows
     of the shorter side; between two entries a part follows the logarithm of the rows, below the
-    first it falls in proportion.
+    first it falls in proportion. `launch`: seconds of a step beside its products, of any dtype.
     """
 
     forward: FlopRate = Field(gt=0)
     backward: FlopRate = Field(gt=0)
     short: tuple[tuple[int, float, float], ...] = ()
+    launch: Seconds = 0.0
     source: str
 
     @model_validator(mode="after")

@@ -56,7 +56,8 @@ def kernel_of(device: Device, dtype: str) -> Kernel:
     rate = device.flop_rate(dtype)
     forward, backward = (part * rate for part in UNKNOWN_PART)
     source = f"projected: {UNKNOWN_PART[0]:g} and {UNKNOWN_PART[1]:g} of {device.source}"
-    return Kernel(forward=forward, backward=backward, source=source)
+    launch = device.attention.launch if device.attention else 0.0
+    return Kernel(forward=forward, backward=backward, launch=launch, source=source)
 
 
 def part_of_rate(kernel: Kernel, rows: float, *, back: bool = False) -> float:
@@ -88,7 +89,7 @@ def kernel_seconds(
     rate = part_of_rate(kernel, block_rows(context, call), back=back)
     rate *= kernel.backward if back else kernel.forward
     flops *= BACKWARD_FLOPS if back else 1.0
-    return [flops * each / rate for each in pairs]
+    return [flops * each / rate + kernel.launch * (each > 0) for each in pairs]
 
 
 def pass_of(
