@@ -3,6 +3,7 @@
 Gloo cannot wait in slices (a wait that times out closes every connection of its group, measured
 on torch 2.13), so what would be a slice's fault is the means: the watching thread lets a receive
 of one byte time out, and every wait on that group ends at once. NCCL's communicators are aborted.
+A rank that is killed leaves no record; those that wait for it look whether its process is there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from stretto.errors import MeshTimeout, RankLost
+from stretto.mesh.alive import Living
 
 #: Seconds between two looks at the abort record.
 LOOK_S = 0.5
@@ -61,6 +63,7 @@ class Watch:
         store: dist.Store,
         timeout_s: Callable[[], float],
         late: Callable[[Await], None],
+        ranks: Sequence[int] = (),
     ):
         #: Called, each once, to end what this rank waits for.
         self.enders: list[Callable[[], None]] = []
@@ -68,6 +71,7 @@ class Watch:
         self._store = store
         self._timeout_s = timeout_s
         self._late = late
+        self._living = Living(rank, ranks)
         # A client of its own: one that waits would keep the other from looking.
         self._looking = store.clone()  # pyrefly: ignore[missing-attribute]
         self._waiting: tuple[Await, float] | None = None
@@ -80,6 +84,7 @@ class Watch:
         self._thread = threading.Thread(target=self._follow, name="mesh-watch", daemon=True)
 
     def start(self) -> None:
+        self._living.announce(self._store)
         self._thread.start()
         # A thread inside torch while the interpreter ends would end the process by a signal.
         atexit.register(self.stop)
@@ -88,6 +93,8 @@ class Watch:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
+            with contextlib.suppress(RuntimeError):
+                self._living.leave(self._looking)
         atexit.unregister(self.stop)
 
     @contextlib.contextmanager
@@ -158,9 +165,19 @@ class Watch:
             if self._reason:
                 self._end_waits()
                 return
+            waits = self._long_wait()
             with contextlib.suppress(RuntimeError):
                 # A store that is gone is no failure: rank 0 may have done its part and left.
-                self._look(self._long_wait())
+                self._living.meet(self._looking)
+                self._look(waits)
+            self._look_for_dead(waits)
+
+    def _look_for_dead(self, waits: Await | None) -> None:
+        """End the mesh when a rank that is waited for has gone without a word."""
+        gone = self._living.gone(waits.peers if waits else (), self._looking)
+        if gone and waits and not self._reason:
+            names = "; ".join(f"rank {rank}: {told}" for rank, told in gone.items())
+            self.abort(f"{waits}, lost: {names}")
 
     def _look(self, waits: Await | None) -> None:
         """While this rank waits, publish for what, and see whether somebody ended the mesh."""

@@ -26,6 +26,9 @@ TIMEOUT_S = 300.0
 #: How often that is the limit while ranks warm up: kernels load and models compile at first use.
 WARMING_UP = 3
 CARRIERS = ("auto", "nccl", "symmetric", "gloo")
+#: What torch does after an error of NCCL: 1, set by torchrun, and 3 end the process by a signal,
+#: before it can say which rank it lost; 2 ends the waits, and what follows raises.
+_ON_NCCL_ERROR, _ENDS_PROCESS = "TORCH_NCCL_ASYNC_ERROR_HANDLING", ("1", "3")
 
 
 class Sized(Protocol):
@@ -295,6 +298,8 @@ def _join(device: torch.device, timeout_s: float, carrier: str) -> dist.Store:
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))
         store.set_timeout(limit)
         backend = "gloo" if carrier == "gloo" else _backend(device)
+        if os.environ.get(_ON_NCCL_ERROR, "1") in _ENDS_PROCESS:
+            os.environ[_ON_NCCL_ERROR] = "2"
         dist.init_process_group(
             backend=backend, store=store, rank=rank, world_size=world, timeout=limit
         )

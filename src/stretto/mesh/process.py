@@ -39,7 +39,9 @@ class ProcessMesh(Mesh):
         self._is_nccl = self.device.type == "cuda" and "nccl" in dist.get_backend_config()
         # Torch's own deadlines are set with a group and stay; ours end every wait before them.
         self._longest_s = WARMING_UP * self.timeout_s + LEEWAY_S
-        self.watch = Watch(self.world_rank, store, lambda: self.timeout_s, self._late)
+        self.watch = Watch(
+            self.world_rank, store, lambda: self.timeout_s, self._late, self.peers(None)
+        )
         for axis in (None, *(a for a, size in self.sizes.items() if size > 1)):
             self._group(axis)
         self.watch.start()
@@ -180,6 +182,7 @@ class ProcessMesh(Mesh):
     def _collective(self, call: Callable, what: Await, result: Callable, *args, **kwargs):
         """Begin a collective; `result()` is what its wait gives."""
         self.check()
+        what = what.of([rank for rank in self.peers(what.axis) if rank != self.world_rank])
         work = call(*args, group=self._group(what.axis), async_op=True, **kwargs)
         on_device = self._is_nccl and any(_on_gpu(value) for value in args)
         return self._pending([work], what, result, on_device=on_device)
