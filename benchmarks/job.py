@@ -22,6 +22,8 @@ import torch
 
 from stretto.mesh.mesh import Mesh
 
+_NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+
 
 @dataclass(frozen=True)
 class Axes:
@@ -113,6 +115,9 @@ def local_device(dry: bool) -> torch.device:
         raise SystemExit(
             f"rank {local} has no GPU of its own, there are {count}: --nproc-per-node {count}"
         )
+    # NVLink multicast stays off: where it fails, it takes the host's GPUs with it.
+    for name, value in _NO_MULTICAST.items():
+        os.environ.setdefault(name, value)
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
