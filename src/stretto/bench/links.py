@@ -176,7 +176,7 @@ class _Bench:
     numbers: int = 0
 
     def case(self, call: Call, end: float) -> list[dict[str, Any]]:
-        """Rows of every plan and mode of a call, after interleaved rounds; few rounds after `end`."""
+        """Rows of every plan and mode of a call, after interleaved rounds; few after `end`."""
         rates = self._rates()
         self.found["rates"][str(self.layout)] = asdict(rates)
         tasks = [task for mode in self.size.modes for task in self._tasks(call, mode, rates)]

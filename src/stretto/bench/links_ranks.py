@@ -331,9 +331,9 @@ def sleeping(forward_rate: float, backward_rate: float) -> Backend:
 
 
 def _sleep(per_pair: float, q: Tensor, k: Tensor, causal: bool, flop_rate: float) -> None:
-    """`q` is (n, H, r, D) and `k` (n, G, s, D); a causal square has half of its pairs."""
+    """`q` is (n, H, r, D) and `k` (n, G, s, D); a causal square shows row i its keys 0..i."""
     count, heads, rows, head_dim = q.shape
-    pairs = count * heads * rows * k.shape[2] * (0.5 if causal else 1.0)
-    seconds = per_pair * head_dim * pairs / flop_rate
+    pairs = rows * (rows + 1) / 2 if causal else rows * k.shape[2]
+    seconds = per_pair * head_dim * count * heads * pairs / flop_rate
     if seconds > 1e-6:
         time.sleep(seconds)
