@@ -74,8 +74,9 @@ class Fleet:
     def __enter__(self) -> Fleet:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*PRELOAD, "stretto.testing.ranks", __name__])
-        # One thread per rank: more threads than cores spin against each other.
-        os.environ["OMP_NUM_THREADS"] = "1"
+        # One thread per rank: more threads than cores spin against each other. Addresses of
+        # namespaces have no names, which torch would remark for every connection.
+        os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         try:
             for rank in range(len(self.places)):
                 pipe, end = context.Pipe()
