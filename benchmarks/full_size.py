@@ -7,6 +7,7 @@ what is measured; denoisers, VAEs and the vocoder have their real sizes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -42,9 +43,10 @@ class Shape:
 class Model:
     """A pipeline by configuration: how to build it, call it, and decode its latents in pieces.
 
-    `warmup`: exact steps of the published schedule; `claim`: its published speed-up on 8 devices.
+    `warmup`: exact steps of the published schedule; `claim`: its published speed-up on 8 devices,
+    if there is one.
     `seconds`: one guided evaluation at `reference` on 14 SMs of an H200, for estimates only.
-    `share`: memory of ranks > 0, of the device, where 8 ranks share 78 GiB.
+    `share`: memory of ranks > 0, of the device, where 8 ranks share 78 GiB; 0: they do not fit.
     """
 
     name: ClassVar[str]
@@ -52,7 +54,7 @@ class Model:
     dtype: ClassVar[torch.dtype]
     parameters: ClassVar[float]
     warmup: ClassVar[int]
-    claim: ClassVar[float]
+    claim: ClassVar[float | None]
     reference: ClassVar[Shape]
     shape: ClassVar[Shape]
     tiny_shape: ClassVar[Shape]
@@ -61,6 +63,8 @@ class Model:
     output: ClassVar[str] = "frames"
     #: Launches outlast kernels on a slice: run the denoiser as CUDA graphs, in every row.
     graphs: ClassVar[bool] = False
+    #: Whether a step evaluates two branches, which ranks can share.
+    guided: ClassVar[bool] = True
 
     def __init__(self, *, tiny: bool = False):
         self.tiny = tiny
@@ -357,7 +361,69 @@ class AudioLdm2(Model):
         return torch.cat(parts)[:, : shape.frames * int(rates.prod())]
 
 
-MODELS: dict[str, type[Model]] = {model.name: model for model in (Svd, CogVideoX, AudioLdm2)}
+class Flux(Model):
+    """FLUX.1-dev at 1024 x 1024: 12 G parameters, guidance distilled into one branch.
+
+    No step-parallel schedule was published for it; the warm-up is that of the others.
+    """
+
+    name, denoiser, dtype = "flux", "transformer", torch.bfloat16
+    parameters, warmup, claim = 11901.4e6, 5, None
+    reference = shape = Shape(steps=50, frames=1, height=1024, width=1024)
+    tiny_shape = Shape(steps=10, frames=1, height=32, width=32)
+    # 125 TFLOP an evaluation, at the rate that the others reach.
+    seconds, share = 2.8, 0.0
+    output = "images"
+    guided = False
+
+    def parts(self, shape: Shape) -> dict[str, Any]:
+        import diffusers
+
+        transformer, vae = _TINY_FLUX if self.tiny else _FLUX
+        return {
+            "transformer": lambda: diffusers.FluxTransformer2DModel(**transformer),
+            "vae": lambda: diffusers.AutoencoderKL(**vae),
+        }
+
+    def assemble(self, modules: dict[str, Any]) -> Any:
+        import diffusers
+
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+            shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15
+        )
+        absent = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+        return diffusers.FluxPipeline(**modules, **dict.fromkeys(absent), scheduler=scheduler)
+
+    def inputs(self, shape: Shape, device: Any, dtype: torch.dtype) -> dict[str, Any]:
+        tokens, width, pooled = (6, 32, 16) if self.tiny else (512, 4096, 768)
+        return {
+            "prompt_embeds": draw(1, 1, tokens, width).to(device, dtype),
+            "pooled_prompt_embeds": draw(2, 1, pooled).to(device, dtype),
+            "max_sequence_length": tokens,
+            "height": shape.height,
+            "width": shape.width,
+            "guidance_scale": 3.5,
+        }
+
+    def pieces(self, pipe: Any, latents: Tensor, *, shared: bool) -> list[Tensor]:
+        # One picture: patches of 2 x 2 latents, as many down as across, decoded by one rank.
+        side = math.isqrt(latents.shape[1]) * 2 * pipe.vae_scale_factor
+        whole = pipe._unpack_latents(latents, side, side, pipe.vae_scale_factor)
+        return [whole / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor]
+
+    def decode(self, pipe: Any, piece: Tensor) -> Tensor:
+        return pipe.vae.decode(piece).sample
+
+    def decoded_shape(self, pipe: Any, piece: Tensor) -> tuple[int, ...]:
+        scale = pipe.vae_scale_factor
+        return (len(piece), 3, piece.shape[2] * scale, piece.shape[3] * scale)
+
+    def join(self, pipe: Any, shape: Shape, parts: list[Tensor], *, shared: bool) -> Tensor:
+        return pipe.image_processor.postprocess(parts[0], output_type="pt")
+
+
+_KINDS = (Svd, CogVideoX, AudioLdm2, Flux)
+MODELS: dict[str, type[Model]] = {model.name: model for model in _KINDS}
 
 
 # ---- stand-ins and small parts -----------------------------------------------------------------
@@ -556,5 +622,42 @@ _TINY_AUDIO = (
         "upsample_kernel_sizes": [4, 4],
         "resblock_kernel_sizes": [3, 7],
         "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5]],
+    },
+)
+_FLUX = (
+    {"guidance_embeds": True},
+    {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+)
+_TINY_FLUX = (
+    {
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 16,
+        "axes_dims_rope": (4, 4, 8),
+        "guidance_embeds": True,
+    },
+    {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 2,
+        "latent_channels": 4,
+        "scaling_factor": 1.5,
+        "shift_factor": 0.06,
     },
 )

@@ -44,7 +44,8 @@ def test_decoding_apart_is_what_the_pipeline_does(made):
 def test_shared_decoding_has_several_pieces_and_the_result_of_one_device(made):
     model, pipe, inputs, latents = made
     shared, pieces = decoded(model, pipe, latents, shared=True)
-    assert pieces > 1
+    # A picture is decoded by one rank.
+    assert (pieces == 1) == (model.name == "flux")
     if model.name == "cogvideox":
         pipe.vae.enable_tiling()
         try:
