@@ -19,10 +19,6 @@ class PlanMismatch(ConfigError):
     """A plan that does not fit the ranks, the model, the scheduler or the number of steps."""
 
 
-class Infeasible(PlanMismatch):
-    """A plan that does not fit in memory, with how much is missing."""
-
-
 class UnsupportedModel(ConfigError, NotImplementedError):
     """A model or attention call that cannot be split exactly, with the reason and a way out."""
 

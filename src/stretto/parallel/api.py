@@ -15,8 +15,8 @@ from torch import nn
 
 from stretto.errors import PlanMismatch, UnsupportedModel
 from stretto.parallel import sdpa
-from stretto.parallel.context import Attention, Binding
-from stretto.plan.context import Context
+from stretto.parallel.context import Attention, Binding, check_degree
+from stretto.plan.context import Context, of_sequence
 
 if TYPE_CHECKING:
     from stretto.mesh.mesh import Mesh
@@ -64,11 +64,7 @@ def parallelize(
     mesh differ, UnsupportedModel, naming the module and the reason, for what would not be exact.
     """
     context = _context(plan)
-    if mesh.size("cp") != context.degree:
-        raise PlanMismatch(
-            f"{context.short()} is over {context.degree} ranks, the mesh's cp axis has "
-            f"{mesh.size('cp')}\n  to fix: init_mesh(plan) of the same plan"
-        )
+    check_degree(context, mesh)
     binding = Binding(mesh, context)
     with contextlib.ExitStack() as stack:
         names = _bind(model, binding, stack, check)
@@ -76,15 +72,14 @@ def parallelize(
 
 
 def _context(plan: Plan | Context) -> Context:
-    if isinstance(plan, Context):
-        return plan
+    context = of_sequence(plan)
     others = [axis for axis in ("step", "cfg") if plan.sizes.get(axis, 1) > 1]
     if others:
         raise PlanMismatch(
             f"parallelize splits the sequence, the plan also has {', '.join(others)}: those belong "
             "to pipelines, see stretto.parallelized"
         )
-    return plan.cp
+    return context
 
 
 def _bind(

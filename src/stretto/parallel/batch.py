@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
 from stretto.errors import ShapeError
-from stretto.parallel.context import settled
+from stretto.ops.attention.layout import row_positions
+from stretto.parallel.context import own_rows
 from stretto.parallel.layouts.masks import refuse_padding
 from stretto.plan import ranges
+from stretto.plan.context import of_sequence
 
 if TYPE_CHECKING:
     from stretto.mesh.mesh import Mesh
@@ -27,7 +29,7 @@ def shard(
     mesh: Mesh,
     plan: Plan | Context,
     *,
-    documents: tuple[int, ...] | None = None,
+    documents: Sequence[int] | None = None,
     causal: bool = True,
 ) -> Any:
     """This rank's tokens of a batch that is whole on every rank.
@@ -42,32 +44,42 @@ def shard(
     The loss of each rank is then its share: the sum over ranks is the mean over the batch.
     Raises ShapeError for documents that do not sum to the length, UnsupportedModel for padding.
     """
-    context = settled(getattr(plan, "cp", plan), causal=causal, documents=documents)
+    lengths = ranges.packed(documents)
+    mask = ranges.Mask(causal=causal, documents=lengths)
+    context = of_sequence(plan)
     if isinstance(batch, torch.Tensor):
-        return _cut(batch, _rows(batch.shape[1], mesh, context, documents, causal, batch.device))
+        rows = _rows(_length(batch, "the tensor"), mesh, context, mask, batch.device)
+        return _cut(batch, rows)
     whole = dict(batch)
     tokens = _tokens(whole)
+    rows = _rows(tokens, mesh, context, mask, _device(whole))
     refuse_padding(whole.pop("attention_mask", None))
     if whole.get("labels") is not None and "shift_labels" not in whole:
-        whole |= _targets(whole["labels"], documents)
+        whole |= _targets(whole["labels"], lengths)
     if "position_ids" not in whole:
-        whole["position_ids"] = _positions(tokens, documents, _device(whole))
-    rows = _rows(tokens, mesh, context, documents, causal, _device(whole))
+        whole["position_ids"] = _positions(tokens, lengths, _device(whole))
     own = {
         name: _cut(value, rows) if _per_token(value, tokens) else value
         for name, value in whole.items()
     }
-    return own if documents is None else {**own, "documents": documents}
+    return own if lengths is None else {**own, "documents": lengths}
 
 
 def _tokens(batch: dict[str, Any]) -> int:
     for name in ("input_ids", "inputs_embeds"):
         if batch.get(name) is not None:
-            return batch[name].shape[1]
+            return _length(batch[name], name)
     raise ShapeError(
         f"a batch of {', '.join(batch) or 'nothing'}: its length is that of input_ids or "
         "inputs_embeds; pass one of them, or a tensor to cut along dim 1"
     )
+
+
+def _length(x: Any, name: str) -> int:
+    if not isinstance(x, torch.Tensor) or x.dim() < 2:
+        what = f"shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ShapeError(f"{name} ({what}): expected a tensor (batch, tokens, ...)")
+    return x.shape[1]
 
 
 def _device(batch: dict[str, Any]) -> torch.device:
@@ -82,19 +94,14 @@ def _cut(value: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return value.index_select(1, rows)
 
 
-def _rows(tokens, mesh, context, documents, causal, device) -> torch.Tensor:
-    """Global positions of this rank's tokens, ascending."""
-    mask = ranges.Mask(causal=causal, documents=documents)
+def _rows(tokens: int, mesh: Mesh, plan: Context, mask: ranges.Mask, device) -> torch.Tensor:
+    """Global positions of this rank's tokens, ascending: int64 (rows,)."""
     mask.check(tokens, tokens)
-    own = ranges.shard(context.layout, tokens, context.degree, mask)[mesh.rank("cp")]
-    spans = [torch.arange(start, end, device=device) for start, end in own]
-    return torch.cat(spans) if spans else torch.zeros(0, dtype=torch.long, device=device)
+    return row_positions(own_rows(tokens, mesh, plan, mask), device)
 
 
 def _positions(tokens: int, documents: tuple[int, ...] | None, device) -> torch.Tensor:
     lengths = (tokens,) if documents is None else documents
-    if sum(lengths) != tokens:
-        raise ShapeError(f"documents sum to {sum(lengths)}, the batch has {tokens} tokens")
     return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from stretto.errors import ShapeError, UnsupportedModel
+from stretto.errors import PlanMismatch, ShapeError, UnsupportedModel
 from stretto.plan.context import Context
-from stretto.plan.ranges import Mask, resolve_layout, shard
+from stretto.plan.ranges import Mask, Spans, packed, resolve_layout, shard
 
 if TYPE_CHECKING:
     from stretto.mesh.mesh import Mesh
@@ -50,6 +50,25 @@ def settled(plan: Context, *, causal: bool, documents: tuple[int, ...] | None = 
             shards = shard(layout, sum(documents), plan.degree, mask)
             layout = tuple(rows.spans for rows in shards)
     return replace(plan, layout=layout)
+
+
+def own_rows(tokens: int, mesh: Mesh, plan: Context, mask: Mask) -> Spans:
+    """The positions of this rank, out of `tokens`, in a model bound to `plan`.
+
+    Raises PlanMismatch where the plan is over other ranks than the mesh's cp axis.
+    """
+    check_degree(plan, mesh)
+    context = settled(plan, causal=mask.causal, documents=mask.documents)
+    return shard(context.layout, tokens, context.degree, mask)[mesh.rank("cp")]
+
+
+def check_degree(plan: Context, mesh: Mesh) -> None:
+    """Raise PlanMismatch unless the plan is over as many ranks as the mesh's cp axis has."""
+    if mesh.size("cp") != plan.degree:
+        raise PlanMismatch(
+            f"{plan.short()} is over {plan.degree} ranks, the mesh's cp axis has "
+            f"{mesh.size('cp')}\n  to fix: init_mesh(plan) of the same plan"
+        )
 
 
 @dataclass(eq=False)
@@ -156,6 +175,7 @@ class Attention(nn.Module):
         Query i stands at key position i + q_offset. `window` counts the keys a query sees, itself
         included; `documents` are lengths that sum to the whole sequence. Scale D**-0.5 by default.
         """
+        documents = packed(documents)
         if self.mesh is not None:
             from stretto.ops.attention.dist import attention
 

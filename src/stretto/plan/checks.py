@@ -9,9 +9,16 @@ FORBID = {"extra": "forbid"}
 
 
 def check_degree(axis: str, degree: int) -> None:
-    """Raise PlanMismatch unless `degree` is at least 1."""
+    """Raise PlanMismatch unless `degree` is a whole number and at least 1."""
+    if not is_whole(degree):
+        raise PlanMismatch(f"{axis}={degree!r}: a degree counts ranks, as an int")
     if degree < 1:
         raise PlanMismatch(f"{axis}={degree}: a degree counts ranks and is at least 1")
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is an integer; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_choice(what: str, value: str, known: tuple[str, ...]) -> None:

@@ -242,14 +242,32 @@ class Context:
             check_degree(axis, getattr(self, axis))
         if isinstance(self.layout, str):
             check_choice("layout", self.layout, LAYOUTS)
-        elif len(self.layout) != self.degree:
-            raise PlanMismatch(
-                f"layout: ranges for {len(self.layout)} ranks, the plan has {self.degree}"
-            )
+        else:
+            self._check_ranges()
         self._check_schedule()
+
+    def _check_ranges(self) -> None:
+        """Ranges may be given as lists too, as files hold them."""
+        try:
+            ranges = tuple(tuple((start, end) for start, end in own) for own in self.layout)
+        except (TypeError, ValueError):
+            raise PlanMismatch(
+                f"layout {self.layout!r}: ranges of every rank, each (start, end), or a name"
+            ) from None
+        if len(ranges) != self.degree:
+            raise PlanMismatch(
+                f"layout: ranges for {len(ranges)} ranks, the plan has {self.degree}"
+            )
+        object.__setattr__(self, "layout", ranges)
 
     def _check_schedule(self) -> None:
         schedule = self.schedule
+        if not isinstance(schedule, Schedule):
+            raise PlanMismatch(
+                f"schedule {schedule!r} is a {type(schedule).__name__}; expected Ring(), "
+                "DoubleRing(inner=...), Gather(), StarTrail() or Tile()\n"
+                "  to fix: one of those, or a published plan by name, Context.named(name, ranks)"
+            )
         if isinstance(schedule, StarTrail) and self.ring % self.team:
             ranks = self.team * self.ring
             legal = [c for c in divisors(ranks) if ranks % (c * c) == 0]
@@ -347,6 +365,17 @@ class Context:
         their owners at once. Raises PlanMismatch, listing names or legal degrees.
         """
         return _named(name, ranks)
+
+
+def of_sequence(plan: object) -> Context:
+    """The Context of a plan: itself, or the `cp` of a Plan. Raises PlanMismatch for all else."""
+    context = getattr(plan, "cp", plan)
+    if not isinstance(context, Context):
+        raise PlanMismatch(
+            f"plan {plan!r} is a {type(plan).__name__}; expected a Context or a Plan\n"
+            "  to fix: Context(ring=...), or Context.named(name, ranks)"
+        )
+    return context
 
 
 def legal_ulysses(heads_q: int, heads_kv: int, ranks: int) -> list[int]:

@@ -9,12 +9,13 @@ intervals, never on the number of rows.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
 
 from stretto.errors import ShapeError
+from stretto.plan.checks import is_whole
 from stretto.plan.spans import Span, Spans, joined
 
 Kind = Literal["full", "causal", "anticausal"]
@@ -44,6 +45,10 @@ class Mask:
     _memo: dict[tuple[Spans, int], frozenset[int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
+        _check_whole("window", self.window)
+        _check_whole("q_offset", self.q_offset)
+        for length in self.documents or ():
+            _check_whole("documents: length", length)
         if self.window is not None and self.window < 1:
             raise ShapeError(
                 f"window={self.window}: a window counts the keys that a query sees, itself "
@@ -145,6 +150,26 @@ class Mask:
     def _document(self, position: int) -> int:
         """Number of the non-empty document at a position; outside all of them -1 or the end."""
         return bisect_right(self._bounds, position) - 1
+
+
+def packed(documents: object) -> tuple[int, ...] | None:
+    """Lengths of documents from a sequence, an array or a tensor of them; Mask checks the numbers.
+
+    Raises ShapeError for what holds no lengths.
+    """
+    if documents is None or isinstance(documents, tuple):
+        return documents
+    listed = documents.tolist() if hasattr(documents, "tolist") else documents
+    if not isinstance(listed, Sequence) or isinstance(listed, str):
+        raise ShapeError(
+            f"documents={documents!r}: expected the lengths of all documents, as (900, 124)"
+        )
+    return tuple(listed)
+
+
+def _check_whole(what: str, value: object) -> None:
+    if value is not None and not is_whole(value):
+        raise ShapeError(f"{what} {value!r} is a {type(value).__name__}; it counts rows, an int")
 
 
 #: Every query sees every key.

@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from stretto.errors import PlanMismatch
-from stretto.plan.masks import FULL, Kind, Mask, Piece, count, needed, pieces, sees
+from stretto.plan.masks import FULL, Kind, Mask, Piece, count, needed, packed, pieces, sees
 from stretto.plan.spans import Span, Spans
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Spans",
     "count",
     "needed",
+    "packed",
     "pieces",
     "resolve_layout",
     "sees",

@@ -139,11 +139,13 @@ def choose(
     for found in able:
         if backend in ("auto", found.name):
             return found
-    names = ", ".join(b.name for b in able) or "none"
-    limits = BACKENDS[backend].limits() if backend != "auto" else "nothing here fits"
+    asked = f"{_name(dtype)} with head dim {head_dim} on {device.type}"
+    if not able:
+        limits = "; ".join(f"{b.name}: {b.limits()}" for b in BACKENDS.values())
+        raise ShapeError(f"no attention back end takes {asked}\n  why: they take {limits}")
     raise ShapeError(
-        f"back end {backend} does not take {_name(dtype)} with head dim {head_dim} on "
-        f"{device.type}\n  why: it takes {limits}\n  to fix: choose auto or one of: {names}"
+        f"back end {backend} does not take {asked}\n  why: it takes {BACKENDS[backend].limits()}\n"
+        f"  to fix: choose auto or one of: {', '.join(b.name for b in able)}"
     )
 
 

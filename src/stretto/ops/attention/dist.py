@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stretto.errors import PlanMismatch, RanksDisagree, ShapeError, UnsupportedModel
+from stretto.errors import ConfigError, PlanMismatch, RanksDisagree, ShapeError, UnsupportedModel
+from stretto.mesh.count import CountingMesh
+from stretto.mesh.local import LocalMesh
 from stretto.mesh.mesh import Mesh
 from stretto.ops.attention import backends
 from stretto.ops.attention.block import Block
@@ -22,8 +25,9 @@ from stretto.ops.attention.rank import Saved, backward_rank, forward_rank
 from stretto.ops.attention.sinks import check as check_sinks
 from stretto.ops.attention.sinks import gradient as gradient_of_sinks
 from stretto.ops.attention.sinks import joined
-from stretto.plan.context import AttentionCase, Context, Tile
-from stretto.plan.ranges import Mask
+from stretto.plan.checks import is_whole
+from stretto.plan.context import AttentionCase, Context, Tile, of_sequence
+from stretto.plan.ranges import Mask, packed
 
 __all__ = ["attention", "backward_rank", "forward_rank"]
 
@@ -69,25 +73,29 @@ def attention(
     dropout and dense masks; RanksDisagree; MeshTimeout, RankLost.
     Source: StarTrail, NeurIPS 2025, section 3; Ring Attention; DeepSpeed-Ulysses.
     """
-    _refuse(attn_mask, dropout_p)
+    _refuse(attn_mask, dropout_p, scale)
     _check_tensors(q, k, v)
     if sinks is not None:
         check_sinks(sinks, q)
     context = _context(mesh, plan)
-    asked = None if documents is None else tuple(int(n) for n in documents)
-    mask = Mask(causal=causal, window=window, q_offset=q_offset, documents=asked)
+    mask = Mask(causal=causal, window=window, q_offset=q_offset, documents=packed(documents))
     shapes = (q.shape[0], q.shape[1], k.shape[1], q.shape[3])
     context.check_heads(q.shape[1], k.shape[1])
     backends.choose(q.device, q.dtype, q.shape[3], backend)
-    settings = (shapes, scale, str(q.dtype), backend)
-    lengths, held = _lengths(mesh, context, mask, tokens, (q, k), settings)
-    rank = mesh.rank("cp") if mesh is not None and context.degree > 1 else 0
+    inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    mesh = mesh if context.degree > 1 else None
+    if gradients:
+        _check_threads(mesh, q)
+    settings = (shapes, scale, str(q.dtype), backend, return_lse, sinks is not None, gradients)
+    lengths, held = _lengths(mesh, context, mask, _known(tokens), (q, k), settings)
+    rank = mesh.rank("cp") if mesh is not None else 0
     with_lse = return_lse or sinks is not None
     case = _case(context, *lengths, shapes, q.element_size(), mask, rank, with_lse)
-    _check_rows(case, context, held or {rank: (q.shape[2], k.shape[2])})
-    settings = (mesh if context.degree > 1 else None, context, case, scale, backend)
-    inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+    with contextlib.nullcontext() if held else _ending_peers(mesh, "attention"):
+        _check_rows(case, context, held or {rank: (q.shape[2], k.shape[2])})
+    settings = (mesh, context, case, scale, backend)
+    if gradients:
         out, lse = _Attention.apply(q, k, v, sinks, settings)
     else:
         out, lse, _ = _forward(q, k, v, sinks, settings)
@@ -148,7 +156,7 @@ def _ending_peers(mesh: Mesh | None, what: str):
 # ---- what is asked -----------------------------------------------------------------------------
 
 
-def _refuse(attn_mask: Tensor | None, dropout_p: float) -> None:
+def _refuse(attn_mask: Tensor | None, dropout_p: float, scale: object) -> None:
     if attn_mask is not None:
         raise UnsupportedModel(
             f"attn_mask of shape {tuple(attn_mask.shape)}: a dense mask cannot be split exactly "
@@ -160,6 +168,30 @@ def _refuse(attn_mask: Tensor | None, dropout_p: float) -> None:
             f"dropout_p={dropout_p:g}: dropout masks of sequence-parallel attention would depend "
             "on the plan\n  to fix: attention dropout 0, and dropout after the output projection"
         )
+    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
+        raise ConfigError(f"scale={scale!r}: expected a finite number, or None for D**-0.5")
+
+
+def _known(tokens: object) -> tuple[int, int] | None:
+    """Lengths of the whole sequence, of queries and of keys, as the caller tells them."""
+    if tokens is None:
+        return None
+    pair = (tokens, tokens) if is_whole(tokens) else tokens
+    if isinstance(pair, Sequence) and len(pair) == 2 and all(is_whole(n) and n >= 0 for n in pair):
+        return pair[0], pair[1]
+    raise ShapeError(f"tokens={tokens!r}: expected a length, or (queries, keys), of all ranks")
+
+
+def _check_threads(mesh: Mesh | None, q: Tensor) -> None:
+    """Autograd has one thread per device: a rank's backward would wait in it for another's."""
+    while isinstance(mesh, CountingMesh):
+        mesh = mesh.mesh
+    if isinstance(mesh, LocalMesh) and q.is_cuda:
+        raise ConfigError(
+            f"gradients of {mesh.size('cp')} virtual ranks on {q.device} through autograd\n"
+            "  why: its one thread per device cannot serve ranks that wait for one another\n"
+            "  to fix: forward_rank and backward_rank, torch.no_grad(), or a process per rank"
+        )
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -168,6 +200,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ShapeError(f"q, k, v have shapes {shapes}; expected (batch, heads, rows, head dim)")
     if k.shape != v.shape:
         raise ShapeError(f"k is {tuple(k.shape)} and v is {tuple(v.shape)}; they must be alike")
+    if not q.shape[3]:
+        raise ShapeError(f"q is {tuple(q.shape)}: a head dim of 0 has no scores")
     facts = {
         "dtype": (q.dtype, k.dtype, v.dtype),
         "device": (q.device, k.device, v.device),
@@ -185,7 +219,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _context(mesh: Mesh | None, plan: Context | None) -> Context:
     """The plan asked for, or the one that the mesh describes; they must agree."""
-    context = getattr(plan, "cp", plan)
+    context = None if plan is None else of_sequence(plan)
     if mesh is None:
         if context is not None and context.degree > 1:
             raise PlanMismatch(
@@ -200,7 +234,7 @@ def _context(mesh: Mesh | None, plan: Context | None) -> Context:
     if not context.two_level:
         sizes = {axis: mesh.size(axis) for axis in ("ring", "team", "ulysses")}
         wanted = {axis: getattr(context, axis) for axis in sizes}
-    if sizes != wanted and context.degree > 1:
+    if sizes != wanted:
         raise PlanMismatch(
             f"the plan {context.short()} needs axes {_axes(wanted)}, the mesh has {_axes(sizes)}"
         )
@@ -271,7 +305,7 @@ def _lengths(
     mesh: Mesh | None,
     context: Context,
     mask: Mask,
-    tokens: int | tuple[int, int] | None,
+    known: tuple[int, int] | None,
     local: tuple[Tensor, Tensor],
     what: tuple,
 ) -> tuple[tuple[int, int], dict[int, tuple[int, int]] | None]:
@@ -280,20 +314,34 @@ def _lengths(
     Makes sure that all ranks mean the same call, once where nobody need be asked for lengths.
     """
     here = (local[0].shape[2], local[1].shape[2])
-    if mesh is None or context.degree == 1:
-        return here, None
-    known = (tokens, tokens) if isinstance(tokens, int) else tokens
+    if mesh is None:
+        return known or here, None
     if known is None and mask.documents is not None and mask.q_offset is None:
         known = (sum(mask.documents),) * 2
     key = (context, mask, known, *what)
     if known is not None and key in mesh.agreed:
         return known, None
-    names = ("plan", "mask", "tokens", "batch, heads, head dim", "scale", "dtype", "backend")
-    text = "\n".join(f"{name}: {value}" for name, value in zip(names, key, strict=True))
+    text = "\n".join(f"{name}: {value}" for name, value in zip(_COMPARED, key, strict=True))
     held = _agreed(mesh, text, here)
     mesh.agreed.add(key)
     totals = (sum(q for q, _ in held.values()), sum(k for _, k in held.values()))
     return known or totals, held
+
+
+#: What ranks compare, in the order of the key. A rank without gradients would not answer those
+#: that wait for it in backward.
+_COMPARED = (
+    "plan",
+    "mask",
+    "tokens",
+    "batch, heads, head dim",
+    "scale",
+    "dtype",
+    "backend",
+    "return_lse",
+    "sinks",
+    "gradients",
+)
 
 
 def _agreed(mesh: Mesh, text: str, here: tuple[int, int]) -> dict[int, tuple[int, int]]:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from stretto.errors import UnsupportedModel
-from stretto.parallel.context import Binding
+from stretto.errors import ShapeError, UnsupportedModel
+from stretto.parallel.context import Binding, own_rows, settled
 from stretto.parallel.layouts.masks import refuse_padding
+from stretto.plan.ranges import Layout, Mask, Span, Spans, packed
 
 _ROUTER = "router losses are products of averages over tokens, which shards cannot add up"
 #: Options that change what a forward computes, and why a shard cannot give it.
@@ -27,7 +28,7 @@ _REFUSED = {
 @dataclass
 class Entrance:
     """A forward pre-hook. Checks the call, numbers positions as the family does, and notes the
-    call's documents for the layers. Raises UnsupportedModel.
+    call's documents for the layers. Raises UnsupportedModel, ShapeError.
     """
 
     binding: Binding
@@ -47,10 +48,11 @@ class Entrance:
             raise UnsupportedModel(f"{name}: config.output_router_logits\n  why: {_ROUTER}")
         refuse_padding(named.pop("attention_mask", None))
         self._check_labels(name, named)
-        named["position_ids"] = self._positions(name, named)
+        if named.get("documents") is not None:
+            named["documents"] = packed(named["documents"])
         if "use_cache" in self.signature.parameters:
             named["use_cache"] = False
-        self._note(named)
+        self._note(name, named)
         return (), named
 
     def _named(self, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -75,6 +77,19 @@ class Entrance:
                 "tokens is no mean\n  to fix: stretto.shard(batch, mesh, plan) gives all three"
             )
 
+    def _note(self, name: str, named: dict[str, Any]) -> None:
+        """What the layers of this call share, and positions as the family counts them."""
+        positions, documents = self._positions(name, named), named.get("documents")
+        tokens = self._tokens(name, positions)
+        self._check_places(name, positions, tokens, documents)
+        self.binding.call = {"documents": documents, "tokens": tokens}
+        positions = positions + self.origin if self.origin else positions
+        if "position_ids" in self.signature.parameters:
+            named["position_ids"] = positions
+        else:
+            del named["position_ids"]
+            self.binding.call["position_ids"] = positions
+
     def _positions(self, name: str, named: dict[str, Any]) -> torch.Tensor:
         positions = named.get("position_ids")
         if positions is None:
@@ -90,14 +105,66 @@ class Entrance:
                 "  why: a rank cannot see where documents of other ranks begin\n"
                 "  to fix: pass documents=(lengths) to the model and to stretto.shard"
             )
-        return positions + self.origin if self.origin else positions
+        return positions
 
-    def _note(self, named: dict[str, Any]) -> None:
-        """What the layers of this call share; one small message instead of one per layer."""
-        mesh = self.binding.mesh
-        rows = torch.tensor([named["position_ids"].shape[-1]])
-        shares = mesh.all_gather(rows, "cp", "control").wait()
-        tokens = sum(int(share) for share in shares)
-        self.binding.call = {"documents": named.get("documents"), "tokens": tokens}
-        if "position_ids" not in self.signature.parameters:
-            self.binding.call["position_ids"] = named.pop("position_ids")
+    def _tokens(self, name: str, positions: torch.Tensor) -> int:
+        """Tokens of all ranks: one small message a call instead of one per layer."""
+        rows = torch.tensor([positions.shape[-1]])
+        shares = [int(n) for n in self.binding.mesh.all_gather(rows, "cp", "control").wait()]
+        if 0 in shares:
+            raise ShapeError(
+                f"{name}: {sum(shares)} tokens over {len(shares)} ranks, cp rank "
+                f"{shares.index(0)} has none\n  why: models of transformers do not take an empty "
+                "sequence\n  to fix: longer sequences, or fewer ranks"
+            )
+        return sum(shares)
+
+    def _check_places(
+        self, name: str, positions: torch.Tensor, tokens: int, documents: tuple[int, ...] | None
+    ) -> None:
+        """Raise ShapeError for tokens that are not where the plan's layout puts them.
+
+        Positions only grow along a sequence, so none is smaller than its place. Every place is on
+        some rank, so positions 0, 1, ... cut in another way are smaller somewhere. Documents count
+        from 0. Positions of several dims (of pictures) say nothing of places.
+        """
+        if positions.dim() != 2:
+            return
+        binding = self.binding
+        mask = Mask(causal=binding.causal, documents=documents)
+        with binding.mesh.ending_peers(f"{name}: position_ids"):
+            mask.check(tokens, tokens)
+            own = own_rows(tokens, binding.mesh, binding.plan, mask)
+            places = _places(own, mask.document_spans(tokens)).to(positions.device)
+            if len(places) == positions.shape[1]:
+                wrong = positions < places if documents is None else positions != places
+                if not bool(wrong.any()):
+                    return
+            layout = settled(binding.plan, causal=binding.causal, documents=documents).layout
+            raise ShapeError(
+                f"{name}: position_ids {_brief(positions[0])} on cp rank "
+                f"{binding.mesh.rank('cp')}, where {_named(layout)} of {tokens} tokens over "
+                f"{binding.plan.degree} ranks has {_brief(places)}\n"
+                "  why: every rank gives its own tokens of one sequence, in the plan's layout\n"
+                "  to fix: stretto.shard(batch, mesh, plan) of the plan that the model is bound "
+                "to, with the same documents"
+            )
+
+
+def _places(rows: Spans, documents: tuple[Span, ...]) -> torch.Tensor:
+    """Where rows stand in their documents: int64 (rows,)."""
+    parts = [
+        torch.arange(low - start, high - start)
+        for start, end in documents
+        for low, high in rows.within(start, end)
+    ]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def _brief(numbers: torch.Tensor) -> str:
+    shown = [str(int(n)) for n in numbers]
+    return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "...", *shown[-2:]])
+
+
+def _named(layout: Layout) -> str:
+    return f"layout {layout}" if isinstance(layout, str) else "the layout of its documents"
