@@ -18,7 +18,8 @@ def torch_mesh(mesh: Mesh) -> DeviceMesh:
     """All ranks of the mesh in one row, in rank order, on a group of their own.
 
     `Mesh.abort` ends waits on it like all others. For a mesh of one rank there must be a default
-    group, this rank's own or that of a larger job.
+    group, this rank's own or that of a larger job; of the latter every rank calls this, equally
+    often, because torch names groups by how many a process has (2.13).
     """
     from stretto.mesh.process import ProcessMesh
 

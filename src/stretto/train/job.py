@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ from stretto.train.loop import Intervals, Trainer, train
 from stretto.train.presets import task_of
 from stretto.train.recipe import Recipe
 from stretto.train.tasks import Task
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
 
@@ -191,12 +194,17 @@ class Rank:
         self.tell("training", done=event.step, total=self.job.recipe.steps, **more)
 
 
-def build(task: Task, model: nn.Module, job: Job, mesh: Mesh) -> Trainer:
-    """The trainer of a job before its first step; the model is sharded and moved, in place."""
+def build(
+    task: Task, model: nn.Module, job: Job, mesh: Mesh, over: DeviceMesh | None = None
+) -> Trainer:
+    """The trainer of a job before its first step; the model is sharded and moved, in place.
+
+    `over`: what weights are sharded over, by default all ranks of the mesh.
+    """
     recipe = job.recipe
     model.to(shards.STORED[recipe.dtype])
     if shards.sharded(mesh, recipe.dtype):
-        shards.shard(model, torch_mesh(mesh), recipe.dtype)
+        shards.shard(model, over or torch_mesh(mesh), recipe.dtype)
     shards.materialise(model, mesh.device, recipe.seed)
     return Trainer(task, recipe, job.plan, model, mesh)
 

@@ -117,7 +117,7 @@ def materialise(model: nn.Module, device: torch.device, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             whole = model.initial(name, parameter.shape, _generator(seed, name))
-            local(parameter).copy_(_part(whole, parameter))
+            local(parameter).copy_(part_of(whole, parameter))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -125,7 +125,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
 
 
-def _part(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def part_of(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """This rank's rows of a parameter that is sharded along dim 0."""
     if not isinstance(parameter, DTensor):
         return whole
