@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from stretto.errors import PlanMismatch, UnsupportedModel
+from stretto.errors import PlanMismatch, ShapeError, UnsupportedModel
 from stretto.mesh.local import LocalWorld
 from stretto.parallel.api import parallelize
 from stretto.parallel.batch import shard
@@ -241,6 +241,88 @@ def test_inputs_that_a_shard_cannot_have(bound, inputs, reason):
     }
     with pytest.raises(UnsupportedModel, match=reason):
         bound[0](input_ids=torch.tensor([[5, 6, 7, 8]]), **inputs)
+
+
+def cut_otherwise(tokens, mesh):
+    return shard({"input_ids": tokens}, mesh, Context(ring=2, layout="contiguous"))
+
+
+def with_gaps(tokens, mesh):
+    batch = shard({"input_ids": tokens}, mesh, RING)
+    return batch | {"position_ids": batch["position_ids"] * 3 + 1}
+
+
+def not_cut(tokens, mesh):
+    return {"input_ids": tokens, "position_ids": torch.arange(tokens.shape[1])[None]}
+
+
+def other_documents(tokens, mesh):
+    return shard({"input_ids": tokens}, mesh, RING, documents=(15, 7)) | {"documents": (7, 15)}
+
+
+@pytest.mark.parametrize("cut", [cut_otherwise, not_cut, other_documents])
+def test_tokens_that_are_not_where_the_layout_puts_them(cut):
+    """Attention would be over other distances than the positions say, on some rank or on all."""
+
+    def body(mesh):
+        model = families.tiny_model("llama")
+        with parallelize(model, RING, mesh=mesh, check=False):
+            model(**cut(ids(), mesh))
+
+    with pytest.raises(ShapeError, match=r"position_ids .* on cp rank .* of (22|44) tokens over 2"):
+        on_threads(body)
+
+
+def test_positions_with_gaps_are_the_callers_own():
+    right = families.tiny_model("llama")(
+        input_ids=ids(), position_ids=torch.arange(22)[None] * 3 + 1
+    ).logits
+
+    def body(mesh):
+        model = families.tiny_model("llama")
+        with parallelize(model, RING, mesh=mesh, check=False):
+            return model(**with_gaps(ids(), mesh)).logits, shard(right, mesh, RING)
+
+    for found, expected in on_threads(body):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_rank_without_tokens_is_refused_by_all():
+    def body(mesh):
+        model = families.tiny_model("llama")
+        batch = shard({"input_ids": ids()[:, :1]}, mesh, RING)
+        with (
+            parallelize(model, RING, mesh=mesh, check=False),
+            pytest.raises(ShapeError, match="1 tokens over 2 ranks, cp rank 1 has none"),
+        ):
+            model(**batch)
+        return True
+
+    assert on_threads(body) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "error", "words"),
+    [
+        ({"input_ids": ids()[0]}, {}, ShapeError, r"input_ids \(shape \(22,\)\)"),
+        ({"input_ids": [[5, 6]]}, {}, ShapeError, r"input_ids \(list\)"),
+        (ids()[0], {}, ShapeError, r"expected a tensor \(batch, tokens"),
+        ({"labels": ids()}, {}, ShapeError, "input_ids or inputs_embeds"),
+        ({"input_ids": ids(), "labels": ids()}, {"documents": [20, 4]}, ShapeError, "sum to 24"),
+        (ids(), {"plan": Context(ring=3)}, PlanMismatch, "over 3 ranks, .* cp axis has 1"),
+    ],
+)
+def test_batches_that_cannot_be_cut(batch, options, error, words):
+    options = {"plan": Context(), **options}
+    with pytest.raises(error, match=words):
+        shard(batch, LocalWorld({}).mesh(0), **options)
+
+
+def test_documents_may_be_given_as_any_list_of_lengths():
+    mesh = LocalWorld({}).mesh(0)
+    lengths = [[15, 7], torch.tensor([15, 7]), (15, 7)]
+    found = [shard({"input_ids": ids()}, mesh, Context(), documents=n) for n in lengths]
+    assert [part["documents"] for part in found] == [(15, 7)] * 3
 
 
 def test_autocast_reaches_attention():

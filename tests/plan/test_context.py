@@ -95,6 +95,27 @@ BAD = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"ring": 1.5}, "ring=1.5: a degree counts ranks, as an int"),
+        ({"ring": True}, "ring=True: a degree"),
+        ({"ring": 2, "schedule": "ring"}, "schedule 'ring' is a str; expected Ring"),
+        ({"ring": 2, "layout": ((0, 4), (4, 8))}, "ranges of every rank, each"),
+        ({"ring": 2, "layout": 3}, "layout 3: ranges of every rank"),
+    ],
+)
+def test_a_field_of_another_type_is_refused(fields, words):
+    with pytest.raises(PlanMismatch, match=words):
+        Context(**fields)
+
+
+def test_ranges_may_be_given_as_lists():
+    lists = Context(ring=2, layout=[[[0, 4]], [[4, 8]]])
+    assert lists == Context(ring=2, layout=(((0, 4),), ((4, 8),)))
+    assert hash(lists)
+
+
 @pytest.mark.parametrize(("fields", "words"), BAD)
 def test_what_does_not_fit_is_said_with_what_does(fields, words):
     with pytest.raises(PlanMismatch, match=words):

@@ -1,10 +1,19 @@
 """Attention over virtual ranks against naive on one, in float64; bytes as declared."""
 
+import re
+
 import pytest
 import torch
 
 import stretto
-from stretto.errors import PlanMismatch, RankLost, RanksDisagree, ShapeError, UnsupportedModel
+from stretto.errors import (
+    ConfigError,
+    PlanMismatch,
+    RankLost,
+    RanksDisagree,
+    ShapeError,
+    UnsupportedModel,
+)
 from stretto.mesh.local import LocalWorld
 from stretto.ops.attention.rank import backward_rank, forward_rank
 from stretto.plan.context import (
@@ -348,6 +357,79 @@ def test_checkpoint_around_attention():
     torch.testing.assert_close(leaves[1].grad, inputs.expected[3], rtol=0, atol=1e-12)
 
 
+def over_ranks(inputs, differentiate, context):
+    """`differentiate(q, k, v, dout, call)` on every rank's rows, against the whole."""
+    case = inputs.case(context)
+    tensors = inputs.tensors
+
+    def body(mesh):
+        at = indices(case.q_rows[mesh.rank("cp")])
+        q, k, v, dout = (x[:, :, at] for x in tensors)
+
+        def call(*leaves):
+            return stretto.attention(*leaves, mesh=mesh, plan=context, causal=True)
+
+        return at, differentiate(q, k, v, dout, call)
+
+    for at, grads in LocalWorld(context.sizes, timeout_s=20).run(body):
+        for got, whole in zip(grads, inputs.expected[2:], strict=True):
+            if got is not None:
+                torch.testing.assert_close(got, whole[:, :, at], rtol=0, atol=1e-12)
+
+
+STARTRAIL = Context(team=2, ring=2, schedule=StarTrail(keep="far"))
+POINTS = [Context(ring=2), Context(ulysses=2, ring=2), STARTRAIL, Context(team=2, ring=5)]
+
+
+@pytest.mark.parametrize("context", POINTS, ids=Context.short)
+@pytest.mark.parametrize("chosen", [0, 1, 2])
+def test_gradients_of_one_input(context, chosen):
+    """Seven tokens: on ten ranks some hold none, and take part all the same."""
+
+    def one(q, k, v, dout, call):
+        leaves = [x.clone() for x in (q, k, v)]
+        leaves[chosen].requires_grad_()
+        call(*leaves).backward(dout)
+        return [x.grad for x in leaves]
+
+    over_ranks(Inputs(7, heads=(4, 2), mask=CAUSAL), one, context)
+
+
+@pytest.mark.parametrize("context", POINTS, ids=Context.short)
+def test_backward_again_after_inputs_changed_and_with_strided_gradients(context):
+    def twice(q, k, v, dout, call):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        inputs = [x * 1.0 for x in leaves]
+        out = call(*inputs)
+        for x in inputs:
+            x.detach().zero_()  # forward holds copies
+        strided = dout.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+        first = torch.autograd.grad(out, leaves, strided, retain_graph=True)
+        again = torch.autograd.grad(out, leaves, strided)
+        assert all(map(torch.equal, first, again))
+        with pytest.raises(RuntimeError, match="a second time"):
+            out.backward(strided)
+        return again
+
+    over_ranks(Inputs(13, heads=(4, 2), mask=CAUSAL), twice, context)
+
+
+def test_gradients_of_gradients_are_refused():
+    q, k, v, dout = (x.clone().requires_grad_() for x in Inputs(8).tensors)
+    (dq,) = torch.autograd.grad(stretto.attention(q, k, v), q, dout, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_recorded(mode):
+    q, k, v, _ = (x.clone().requires_grad_() for x in Inputs(8).tensors)
+    with mode():
+        out = stretto.attention(q, k, v)
+    assert out.grad_fn is None
+    assert torch.equal(out, stretto.attention(q, k, v).detach())
+
+
 def test_saved_tensors_pass_through_hooks():
     """So that activations can be offloaded: nothing large hides on the graph's node."""
     q, k, v, _ = Inputs(16).tensors
@@ -367,6 +449,43 @@ def test_ranks_that_disagree_hear_in_what():
 
     with pytest.raises(RanksDisagree, match=r"cp ranks \[2\]: mask: Mask\(causal=False"):
         on_ranks(body)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"return_lse": True}, "return_lse: True"),
+        ({"sinks": torch.zeros(4, dtype=torch.float64)}, "sinks: True"),
+        ({"tokens": 32}, "tokens: (32, 32)"),
+        ({}, "gradients: True"),
+    ],
+)
+def test_ranks_that_would_wait_for_one_another_in_vain(options, field):
+    """What one rank alone asks for, and the others would neither send nor receive."""
+    q, k, v, _ = Inputs(8).tensors
+
+    def body(mesh):
+        odd = mesh.rank("cp") == 1
+        own = q.clone().requires_grad_(odd and not options)
+        stretto.attention(own, k, v, mesh=mesh, **(options if odd else {}))
+
+    with pytest.raises(RanksDisagree, match=re.escape(f"cp ranks [1]: {field}")):
+        on_ranks(body)
+
+
+def test_rows_of_one_rank_that_change_later_end_all():
+    """Where lengths are told nobody asks again, so the rank that finds out tells its peers."""
+    x = torch.zeros(1, 4, 4, 8)
+
+    def body(mesh):
+        for rows in (4, 3 if mesh.rank("cp") == 1 else 4):
+            own = x[:, :, :rows]
+            stretto.attention(own, own, own, mesh=mesh, tokens=16)
+
+    world = LocalWorld({"ring_out": 4}, timeout_s=20)
+    with pytest.raises(ShapeError, match=r"q has 3 rows on cp rank 1; .* gives it 4"):
+        world.run(body)
+    assert isinstance(world.failed[0], RankLost)
 
 
 def test_rows_that_the_layout_does_not_give_are_refused_by_all():
@@ -408,6 +527,20 @@ REFUSED = {
     "dropout": ((TENSOR, KEYS, KEYS), {"dropout_p": 0.1}, UnsupportedModel, "dropout"),
     "mask": ((TENSOR, KEYS, KEYS), {"attn_mask": TENSOR}, UnsupportedModel, "documents="),
     "back end": ((TENSOR, KEYS, KEYS), {"backend": "flash"}, ShapeError, "flash"),
+    "no dtype for it": ((TENSOR.int(),) * 3, {}, ShapeError, "no attention back end takes int32"),
+    "no head dim": ((TENSOR[..., :0],) * 3, {}, ShapeError, "head dim of 0"),
+    "half a window": ((TENSOR, KEYS, KEYS), {"window": 2.5}, ShapeError, "window 2.5 is a float"),
+    "half a row": ((TENSOR, KEYS, KEYS), {"documents": (3.5, 4.5)}, ShapeError, "3.5 is a float"),
+    "one length": ((TENSOR, KEYS, KEYS), {"documents": 8}, ShapeError, "lengths of all documents"),
+    "tokens": ((TENSOR, KEYS, KEYS), {"tokens": 9}, ShapeError, "q has 8 rows .* gives it 9"),
+    "no tokens": ((TENSOR, KEYS, KEYS), {"tokens": 8.0}, ShapeError, "expected a length"),
+    "scale": ((TENSOR, KEYS, KEYS), {"scale": float("nan")}, ConfigError, "a finite number"),
+    "a name": (
+        (TENSOR, KEYS, KEYS),
+        {"plan": "ring"},
+        PlanMismatch,
+        r"'ring' is a str; expected a",
+    ),
     "no mesh": ((TENSOR, KEYS, KEYS), {"plan": Context(ring=2)}, PlanMismatch, "needs 2 ranks"),
 }
 
@@ -423,6 +556,9 @@ def test_a_plan_that_the_mesh_has_not():
     def body(mesh):
         with pytest.raises(PlanMismatch, match=r"needs axes ring 1 x team 1 x ulysses 4, the mesh"):
             stretto.attention(TENSOR, TENSOR, TENSOR, mesh=mesh, plan=Context(ulysses=4))
+        # Every rank would see its own keys only.
+        with pytest.raises(PlanMismatch, match=r"cp1\(one rank, auto\) needs axes ring 1 x team 1"):
+            stretto.attention(TENSOR, TENSOR, TENSOR, mesh=mesh, plan=Context())
         with pytest.raises(PlanMismatch, match="to fix: ulysses 1 x ring 4"):
             stretto.attention(TENSOR[:, :3], KEYS[:, :1], KEYS[:, :1], mesh=mesh)
 
