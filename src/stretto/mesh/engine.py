@@ -29,4 +29,5 @@ def torch_mesh(mesh: Mesh) -> DeviceMesh:
         group = dist.group.WORLD
     else:
         group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup), "a member gets its group"
     return DeviceMesh.from_group(group, mesh.device.type)

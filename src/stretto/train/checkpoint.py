@@ -208,7 +208,7 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     The optimizer's state must exist: it does after a step, or after `begin_state`.
     """
     found: dict[str, torch.Tensor] = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
     for parameter, kept in optimizer.state.items():
         for key, value in kept.items():
             if isinstance(value, torch.Tensor):

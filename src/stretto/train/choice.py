@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from stretto.cluster.model import Cluster
 from stretto.errors import PlanMismatch
@@ -44,7 +45,7 @@ def ranked(
     The documents of a sequence are taken to be one: what is packed together differs from step to
     step. Raises ConfigError, Infeasible.
     """
-    fields = {"sequences": recipe.sequences, "dtype": _RATES[recipe.dtype]}
+    fields: dict[str, Any] = {"sequences": recipe.sequences, "dtype": _RATES[recipe.dtype]}
     training = Training.of(
         arch_of(recipe), recipe.tokens, recompute=recipe.recompute, state_bytes=16, **fields
     )
@@ -58,14 +59,14 @@ def arch_of(recipe: Recipe) -> Arch | str:
     if preset is None:
         return os.path.join(recipe.model, "config.json")
     shape = preset.shape
-    common = {"layers": shape.layers, "width": shape.width, "heads": shape.heads}
+    common: dict[str, Any] = {"layers": shape.layers, "width": shape.width, "heads": shape.heads}
     common |= {"name": recipe.model, "head_dim": shape.head_dim}
     if isinstance(shape, GptShape):
-        more = {"kv_heads": shape.kv_heads, "feed_forward": shape.hidden, "mlp_matrices": 3}
-        return Arch(**common, **more, vocab=shape.vocabulary, tied=False)
+        common |= {"kv_heads": shape.kv_heads, "feed_forward": shape.hidden, "mlp_matrices": 3}
+        return Arch(**common, vocab=shape.vocabulary, tied=False)
     assert isinstance(shape, DitShape)
-    more = {"kv_heads": shape.heads, "feed_forward": 4 * shape.width, "vocab": 0}
-    return Arch(**common, **more, causal=False)
+    common |= {"kv_heads": shape.heads, "feed_forward": 4 * shape.width, "vocab": 0}
+    return Arch(**common, causal=False)
 
 
 def _of_size(cluster: Cluster, ranks: int) -> Cluster:

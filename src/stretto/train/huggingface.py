@@ -136,7 +136,7 @@ def _warn_of_dropout(config: Any) -> None:
         log.warning("dropout %s stays off: its random masks would depend on the ranks", rates)
 
 
-def _products(model: nn.Module) -> int:
+def _products(model: Any) -> int:
     """Parameters that every token is multiplied with: matrices other than embeddings."""
     linear = (p for m in model.modules() if not isinstance(m, nn.Embedding) for p in _own(m))
     tied = model.get_output_embeddings()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,12 +31,6 @@ STORED = {
 #: Weights of at most this many bytes stay gathered through a step, and their gradients are summed
 #: once in it: the memory is small, and so would the messages of every micro-batch be.
 SMALL_BYTES = 256 * 2**20
-
-
-class Initial(Protocol):
-    """A model that knows its first values."""
-
-    def initial(self, name: str, size: torch.Size, generator: torch.Generator) -> torch.Tensor: ...
 
 
 def sharded(mesh: Mesh, dtype: str) -> bool:
@@ -112,11 +106,12 @@ def materialise(model: nn.Module, device: torch.device, seed: int) -> None:
     if not any(parameter.is_meta for parameter in model.parameters()):
         model.to(device)
         return
-    assert hasattr(model, "initial"), f"{type(model).__name__} states no first values"
+    initial: Any = getattr(model, "initial", None)
+    assert initial is not None, f"{type(model).__name__} states no first values"
     model.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            whole = model.initial(name, parameter.shape, _generator(seed, name))
+            whole = initial(name, parameter.shape, _generator(seed, name))
             local(parameter).copy_(part_of(whole, parameter))
 
 

@@ -28,11 +28,15 @@ UNKNOWN = -100
 class Task(Protocol):
     """A model with its data. Samples are numbered; `held_out` ones are never trained on."""
 
-    name: str
-    #: Tokens of one sample.
-    tokens: int
-    #: Names the data: another digest is other data.
-    digest: str
+    @property
+    def tokens(self) -> int:
+        """Tokens of one sample."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Names the data: another digest is other data."""
+        ...
 
     def model(self) -> nn.Module:
         """The model without weights, on the meta device; `initial` gives each parameter its own."""
