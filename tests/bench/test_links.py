@@ -12,6 +12,7 @@ from stretto.bench import links, links_nodes, links_ranks
 from stretto.bench.links_cases import (
     FREE,
     NO_TIME,
+    SLOW,
     TIMED,
     Call,
     Layout,
@@ -229,6 +230,15 @@ def test_one_case_in_which_auto_is_late_is_enough():
     assert [auto_over_best(case) for case in cases([*ROWS, *late])] == pytest.approx([0.8, 1.11])
 
 
+def test_slow_links_have_ratios_of_their_own_and_no_part_in_the_best():
+    slow = [row("ring", 900, mode=SLOW), row("startrail(2)", 300, mode=SLOW)]
+    found = summary([*ROWS, *slow, row("auto", 600, mode=SLOW)])
+    assert found["ring_over_startrail_2x8"] == 2.0
+    assert found["ring_over_startrail_2x8_slow_links"] == 3.0
+    assert found["ring_over_auto_2x8_slow_links"] == 1.5
+    assert found["auto_within_10pct_of_best"] is True
+
+
 def test_without_two_nodes_of_eight_there_are_no_ratios():
     found = summary([row("ring", 3, layout="2x4"), row("auto", 1, layout="2x4")])
     assert found["ring_over_auto_2x8"] is None
@@ -309,7 +319,7 @@ def needs_nodes():
     """Skip where network namespaces cannot be made: as a user, in most containers."""
     try:
         links_nodes.check_able()
-        with links_nodes.made(1, 1e6):
+        with links_nodes.made(1):
             pass
     except StrettoError as error:
         pytest.skip(str(error))
@@ -327,10 +337,10 @@ def test_nodes_are_removed_after_a_failure_and_those_left_behind_with_them():
     names = set()
 
     def failing():
-        with links_nodes.made(2, 1e6) as nodes:
+        with links_nodes.made(2) as nodes:
             names.update(ours())
-            nodes.limit(on=True)
-            nodes.limit(on=False)
+            nodes.limit(1e6)
+            nodes.limit(None)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

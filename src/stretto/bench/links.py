@@ -11,13 +11,14 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from stretto.bench import result as document
 from stretto.bench.links_cases import (
     FREE,
     NO_TIME,
+    SLOW,
     TIMED,
     Call,
     Layout,
@@ -45,6 +46,7 @@ _NOTES = (
     "interface: rates are emulated, latencies are the machine's",
     "communication: kernels take no time and compute nothing; timed compute: they sleep as long "
     "as the modelled device would compute (emulation); everything around kernels is real",
+    "slow links: the same where the machine's cores hardly count, for the plans of the headline",
     "seconds: from an agreed start until the last rank has ended; forward and backward start "
     "apart, total is their sum",
     "ideal: bytes through the busiest way of the busiest node's interface / rate; floor: the same "
@@ -63,13 +65,15 @@ _NOTES = (
 @dataclass(frozen=True, slots=True)
 class Size:
     """How much is run. `rate`: bytes/s of a node's interface, each way; `flop_rate`: of the
-    modelled device. `emulated` False keeps ranks in the machine's own namespace, unlimited.
+    modelled device. The plans of the headline also run at `slow_rate`. `emulated` False keeps
+    ranks in the machine's own namespace, unlimited.
     """
 
     layouts: tuple[Layout, ...] = (Layout(2, 8), Layout(4, 4), Layout(2, 4), Layout(8, 2))
     calls: tuple[Call, ...] = (Call(8), Call(2))
-    modes: tuple[str, ...] = (FREE, TIMED)
+    headline: tuple[Layout, Call] | None = (Layout(2, 8), Call(8))
     rate: float = 200e6 / 8
+    slow_rate: float = 50e6 / 8
     flop_rate: float = 7e8
     repeats: int = 5
     floor_repeats: int = 2
@@ -77,6 +81,14 @@ class Size:
     slow_repeats: int = 1
     minutes: float = 14.0
     emulated: bool = True
+
+    def modes(self, layout: Layout, call: Call) -> tuple[str, ...]:
+        """What is run of a case, in order."""
+        return (FREE, TIMED, SLOW) if (layout, call) == self.headline else (FREE, TIMED)
+
+    def rate_of(self, mode: str) -> float:
+        """Bytes/s of a node's interface."""
+        return self.slow_rate if mode == SLOW else self.rate
 
     def shares(self) -> dict[tuple[Layout, Call], float]:
         """Seconds for every case: by its bytes, and by what each of its ranks does in any case."""
@@ -105,6 +117,7 @@ def run(size: Size = FULL, *, say: Say | None = None, keep: Keep | None = None) 
         device,
         notes=list(_NOTES),
         rate_bytes_per_s=size.rate,
+        slow_rate_bytes_per_s=size.slow_rate,
         flop_rate=size.flop_rate,
         repeats=size.repeats,
         slow=size.slow,
@@ -138,7 +151,7 @@ def _started(size: Size, layout: Layout) -> Iterator[tuple[Nodes | None, Fleet]]
             yield None, fleet
         return
     with (
-        made(layout.nodes, size.rate) as nodes,
+        made(layout.nodes) as nodes,
         Fleet([nodes.places[node] for node in layout.node_of]) as fleet,
     ):
         yield nodes, fleet
@@ -179,17 +192,18 @@ class _Bench:
         """Rows of every plan and mode of a call, after interleaved rounds; few after `end`."""
         rates = self._rates()
         self.found["rates"][str(self.layout)] = asdict(rates)
-        tasks = [task for mode in self.size.modes for task in self._tasks(call, mode, rates)]
-        self._limit(on=False)
+        modes = self.size.modes(self.layout, call)
+        tasks = [task for mode in modes for task in self._tasks(call, mode, rates)]
+        self._limit(None)
         free = [task for task in tasks if task.mode == FREE]
         # The first round opens connections and is thrown away.
         for number in range(1 + self.size.floor_repeats):
             self._round(free, f"{call.name} floor {number}", lambda task: task.floor, number > 0)
-        self._limit(on=True)
         for number in range(self.size.repeats):
             if number >= _LEAST_REPEATS and time.monotonic() > end:
                 break
-            for mode in self.size.modes:
+            for mode in modes:
+                self._limit(self.size.rate_of(mode))
                 due = [task for task in tasks if task.mode == mode and self._due(task, tasks)]
                 self._round(due, f"{call.name} {mode} {number}", lambda task: task.times, True)
         floors = {task.plan.plan: task.floor for task in free}
@@ -208,14 +222,17 @@ class _Bench:
 
     def _tasks(self, call: Call, mode: str, rates: Rates) -> list[_Task]:
         flop_rate = self.size.flop_rate if mode == TIMED else NO_TIME
-        tasks = []
-        for plan in wanted(self.layout, call, rates.cluster(self.layout, flop_rate)):
+        rate, tasks = self.size.rate_of(mode), []
+        cluster = replace(rates, network=rate).cluster(self.layout, flop_rate)
+        for plan in wanted(self.layout, call, cluster):
+            if mode == SLOW and not plan.quoted:
+                continue
             self.numbers += 1
             context, kernel = plan.plan.cp, kernel_of(flop_rate)
             task = (plan.plan.sizes, context, call.of(context), (kernel.forward, kernel.backward))
             self.fleet.ask("prepare", self.numbers, *task)
             crossing = interface_bytes(plan.plan, call, self.layout)
-            ideal = {name: count / self.size.rate for name, count in crossing.items()}
+            ideal = {name: count / rate for name, count in crossing.items()}
             kernels = kernel_seconds(context, call, flop_rate)
             tasks.append(_Task(self.numbers, mode, plan, ideal, kernels, crossing))
         return tasks
@@ -227,22 +244,22 @@ class _Bench:
             if kept:
                 into(task).append(pair)
 
-    def _limit(self, *, on: bool) -> None:
+    def _limit(self, rate: float | None) -> None:
         if self.nodes:
-            self.nodes.limit(on=on)
+            self.nodes.limit(rate)
 
     def _rates(self) -> Rates:
         """What the cost model needs to know of this machine."""
         layout, block = self.layout, 2 * self.size.calls[0].block_bytes
         sizes = {"ring_out": layout.nodes, "ring_in": layout.per_node}
         inside = latency_inside = latency_across = 0.0
-        self._limit(on=False)
+        self._limit(None)
         if layout.per_node > 1:
             latency_inside = self._hop(sizes, "ring_in", 64)
             seconds = self._hop(sizes, "ring_in", block)
             # Beside other work the small message may take as long as the large one.
             inside = block / max(seconds - latency_inside, seconds / 2)
-        self._limit(on=True)
+        self._limit(self.size.rate)
         if layout.nodes > 1:
             latency_across = self._hop(sizes, "ring_out", 64)
         launch = min(self.fleet.timed("steps", 20).seconds for _ in range(3)) / 40

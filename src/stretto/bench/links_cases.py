@@ -25,8 +25,9 @@ from stretto.search.attention import rank_plans
 from stretto.workload.arch import Arch
 from stretto.workload.train import Training
 
-#: Modes: kernels that take no time, and kernels that sleep as long as the model says.
-FREE, TIMED = "communication", "timed compute"
+#: Modes: kernels that take no time; kernels that sleep as long as the model says; the first again
+#: on links so slow that the machine's own cores hardly count, for the plans that are quoted.
+FREE, TIMED, SLOW = "communication", "timed compute", "communication, slow links"
 #: FLOP/s of a kernel that takes no time.
 NO_TIME = 1e21
 

@@ -57,17 +57,16 @@ HERE = Place("", "lo", "127.0.0.1")
 
 @dataclass(frozen=True, slots=True)
 class Nodes:
-    """Nodes with an interface of `rate` bytes/s each way, unless it is set free."""
+    """Nodes, each with one interface; `hub` is the namespace in which the links meet."""
 
     places: tuple[Place, ...]
     hub: str
-    rate: float
 
-    def limit(self, *, on: bool) -> None:
-        """Hold all interfaces to the rate, both ways, or let them go as fast as the machine."""
+    def limit(self, rate: float | None) -> None:
+        """Hold all interfaces to `rate` bytes/s each way; None: as fast as the machine."""
         for number, place in enumerate(self.places):
             for namespace, device in ((place.namespace, _INTERFACE), (self.hub, f"n{number}")):
-                _bucket(namespace, device, self.rate if on else None)
+                _bucket(namespace, device, rate)
 
 
 def check_able() -> None:
@@ -88,8 +87,8 @@ def check_able() -> None:
 
 
 @contextlib.contextmanager
-def made(count: int, rate: float) -> Iterator[Nodes]:
-    """`count` nodes, removed at the end whatever happens, an interrupt or SIGTERM included.
+def made(count: int) -> Iterator[Nodes]:
+    """`count` nodes on free links, removed at the end whatever happens: SIGTERM, an interrupt.
 
     What an earlier process left behind when it was killed is removed first. Raises ConfigError
     without root, RunError when the kernel refuses.
@@ -108,7 +107,7 @@ def made(count: int, rate: float) -> Iterator[Nodes]:
             _ip("-n", hub, "link", "set", "bridge", "up")
             for number, place in enumerate(places):
                 _join(place, hub, f"n{number}")
-            yield Nodes(places, hub, rate)
+            yield Nodes(places, hub)
         finally:
             _remove([hub, *(place.namespace for place in places)])
 

@@ -166,7 +166,7 @@ def bench_links(
             write(out, found)
 
     size = links.QUICK if quick else replace(links.FULL, repeats=repeats)
-    size = replace(size, rate=rate * 1e6 / 8)
+    size = replace(size, rate=rate * 1e6 / 8, slow_rate=rate * 1e6 / 32)
     with _measuring(out, json) as say:
         result = links.run(size, say=say, keep=keep)
     _finish(result, out, json)

@@ -7,8 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
+from stretto.bench.links_cases import FREE, SLOW
 from stretto.bench.links_summary import cases
-from stretto.cli.bench_table import _print, _table
+from stretto.cli.tables import print_whole, table_of
 
 _COLUMNS = (
     "forward",
@@ -22,16 +23,24 @@ _COLUMNS = (
 )
 
 
+_OTHERS = {
+    "startrail": "StarTrail",
+    "auto": "auto",
+    "auto_keep_none": "auto without kept blocks",
+}
+
+
 def show_links(result: dict[str, Any], console: Console) -> list[str]:
     """Print the tables; the lines that stand below them."""
-    megabits = result["rate_bytes_per_s"] * 8 / 1e6
     for case in cases(result["rows"]):
         first = case[0]
+        slow = "slow_" * (first["mode"] == SLOW)
+        megabits = result[f"{slow}rate_bytes_per_s"] * 8 / 1e6
         title = (
             f"{first['layout']} nodes x ranks, {first['heads']}, {first['mode']}, "
             f"{megabits:g} Mbit/s per node, ms; fastest first"
         )
-        _print(console, _case(title, case))
+        print_whole(console, _case(title, case))
     summary = result["summary"]
     lines = [
         *_ratios(summary),
@@ -46,7 +55,7 @@ def show_links(result: dict[str, Any], console: Console) -> list[str]:
 
 
 def _case(title: str, rows: Sequence[dict[str, Any]]):
-    table = _table(title, ("plan", "keeps"), _COLUMNS)
+    table = table_of(title, ("plan", "keeps"), _COLUMNS)
     for row in sorted(rows, key=lambda row: row["measured_ms"]["total"]["median"]):
         measured, floor = row["measured_ms"], row["floor_ms"]
         times = (
@@ -69,18 +78,15 @@ def _ratios(summary: dict[str, Any]) -> list[str]:
     if summary["ring_over_auto_2x8"] is None:
         return []
     lines = []
-    for key, other in (
-        ("startrail", "StarTrail"),
-        ("auto", "auto"),
-        ("auto_keep_none", "auto without kept blocks"),
-    ):
-        name = f"ring_over_{key}_2x8"
-        lines.append(
-            f"2x8, communication: ring / {other} {_two(summary[name])} forward and backward "
-            f"(fastest {_two(summary[name + '_min'])}, ideal {_two(summary[name + '_ideal'])}), "
-            f"{_two(summary[name + '_forward'])} forward "
-            f"(ideal {_two(summary[name + '_forward_ideal'])})"
-        )
+    for mode, ending in ((FREE, ""), (SLOW, "_slow_links")):
+        for key, other in _OTHERS.items():
+            name = f"ring_over_{key}_2x8{ending}"
+            lines.append(
+                f"2x8, {mode}: ring / {other} {_two(summary[name])} forward and backward "
+                f"(fastest {_two(summary[name + '_min'])}, ideal {_two(summary[name + '_ideal'])})"
+                f", {_two(summary[name + '_forward'])} forward "
+                f"(ideal {_two(summary[name + '_forward_ideal'])})"
+            )
     return lines
 
 
