@@ -182,12 +182,18 @@ def rank_main(options: argparse.Namespace) -> int:
     device, context = job.local_device(options.dry), Context(ring=ranks)
     plan = Plan(kind="train", cp=context)
     carried = "auto" if carrier == "gloo" else carrier
+    make = {"attention": attend, "train": train}[work]
+    if carrier == "symmetric":
+        # A kernel that loads behind one that waits on the device would wait for ever.
+        warm = init_mesh(plan, device=device, timeout_s=TIMEOUT_S, carrier="nccl")
+        make(warm, plan, options.dry)()
+        result.synchronise(device)
+        warm.close()
     mesh = init_mesh(plan, device=device, timeout_s=TIMEOUT_S, carrier=carried)
     file = options.out / f"{rank}.json"
     try:
         with mesh.ending_peers(work):
-            steps = {"attention": attend, "train": train}[work](mesh, plan, options.dry)
-            repeat(steps, mesh, rank == ranks - 1, file)
+            repeat(make(mesh, plan, options.dry), mesh, rank == ranks - 1, file)
     except Exception as error:  # noqa: BLE001 - whatever a survivor gets is what is measured
         told = {"time": time.time(), "error": f"{type(error).__name__}: {error}"}
         file.write_text(json.dumps(told))
