@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from stretto.cli.bench_table import _print, _table
+from stretto.cli.tables import print_whole, table_of
 
 #: Families of plans in the byte table, in its order.
 _FAMILIES = ("ring", "startrail", "tile", "usp", "ulysses x tile", "ulysses", "pass-q")
@@ -17,9 +17,9 @@ def show_attention(result: dict[str, Any], console: Console) -> list[str]:
     """Print both tables; the lines that stand below them."""
     exact = [row for row in result["rows"] if row["part"] == "exact"]
     checked = [row for row in result["rows"] if row["part"] == "gradcheck"]
-    _print(console, _exact(exact))
+    print_whole(console, _exact(exact))
     for title, key in (("forward", "forward_blocks"), ("forward + backward", "both")):
-        _print(
+        print_whole(
             console, _bytes([row for row in result["rows"] if row["part"] == "bytes"], title, key)
         )
     lines = [*_figures(result["summary"], len(checked))]
@@ -35,7 +35,7 @@ def _where(row: dict[str, Any]) -> str:
 
 
 def _exact(rows: list[dict[str, Any]]):
-    table = _table(
+    table = table_of(
         "against one device in float64, forward and backward",
         ("ranks", "on"),
         ("plans", "calls", "runs", "max error", "declared", "closed", "= threads", "wrong"),
@@ -64,7 +64,7 @@ def _cells(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _bytes(rows: list[dict[str, Any]], title: str, key: str):
-    table = _table(
+    table = table_of(
         f"blocks sent per rank, {title}; least of each family, ! more than the ring",
         ("ranks", "heads"),
         (*_FAMILIES, "ring / best"),

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from stretto.cli.tables import print_whole, table_of
 
 
 def show(result: dict[str, Any], out: Path) -> None:
@@ -46,25 +47,6 @@ def _tables(case: str) -> Callable[[dict[str, Any], Console], list[str]]:
     return _exactness if case == "exactness" else _steps
 
 
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
-    for name in left:
-        table.add_column(name, no_wrap=True)
-    for name in right:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _print(console: Console, table: Table) -> None:
-    """A table at its own width: cut columns would lose numbers; a narrower terminal folds lines."""
-    before = console.width
-    console.width = max(console.width, 1000)
-    natural = console.measure(table).maximum
-    console.width = max(natural, before)
-    console.print(table)
-    console.width = before
-
-
 # ---- exactness -------------------------------------------------------------------------------
 
 _CHECKS = {
@@ -82,7 +64,9 @@ _CHECKS = {
 
 def _exactness(result: dict[str, Any], console: Console) -> list[str]:
     title = f"exactness, {result['ranks']} gloo ranks"
-    table = _table(title, ("case", "pipeline", "scheduler", "walk"), (*_CHECKS, "cfg error", "is"))
+    table = table_of(
+        title, ("case", "pipeline", "scheduler", "walk"), (*_CHECKS, "cfg error", "is")
+    )
     for row in result["rows"]:
         error = row["cfg error"]
         shown = "-" if error is None else "same bits" if error == 0 else f"{error:.0e}"
@@ -90,7 +74,7 @@ def _exactness(result: dict[str, Any], console: Console) -> list[str]:
         style = {"exact": None, "refused": "yellow"}.get(row["verdict"], "bold red")
         named = (row["case"], _short(row["pipeline"], "Pipeline"), _short(row["scheduler"]))
         table.add_row(*named, row["walk"] or "-", *marks, shown, row["verdict"], style=style)
-    _print(console, table)
+    print_whole(console, table)
     summary = result["summary"]
     lines = [
         "p=1: hooks on one rank, bitwise the plain pipeline; p=2, 3, 4: windows with perfect "
@@ -120,8 +104,8 @@ def _short(name: str, ending: str = "Scheduler") -> str:
 
 def _steps(result: dict[str, Any], console: Console) -> list[str]:
     rows = result["rows"]
-    _print(console, _speed([row for row in rows if row["part"] == "speed"], result))
-    _print(console, _fidelity([row for row in rows if row["part"] == "fidelity"]))
+    print_whole(console, _speed([row for row in rows if row["part"] == "speed"], result))
+    print_whole(console, _fidelity([row for row in rows if row["part"] == "fidelity"]))
     seconds, summary = result["denoiser_seconds"], result["summary"]
     return [
         f"denoiser {seconds['median']:.3f} s per evaluation of one thread, half a batch "
@@ -138,7 +122,7 @@ def _steps(result: dict[str, Any], console: Console) -> list[str]:
 def _speed(rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> Table:
     title = f"{rows[0]['steps']} steps, {result['repeats']} rounds, interleaved; {result['device']}"
     columns = ("seconds", "speed-up", "ceiling", "of it", "depth", "evals", "sent", "busy", "PSNR")
-    table = _table(title, ("method", "guidance"), columns)
+    table = table_of(title, ("method", "guidance"), columns)
     for row in rows:
         table.add_row(row["who"], "on" if row["guidance"] else "off", *_speed_cells(row))
     return table
@@ -165,7 +149,7 @@ def _speed_cells(row: dict[str, Any]) -> list[str]:
 def _fidelity(rows: Sequence[dict[str, Any]]) -> Table:
     title = f"against sequential, {rows[0]['steps']} steps, {rows[0]['images']} held-out pictures"
     columns = ("p", "depth", "PSNR", "worst picture", "relative L2")
-    table = _table(title, ("model", "method"), columns)
+    table = table_of(title, ("model", "method"), columns)
     for row in rows:
         cells = [str(row["degree"]), str(row["depth"]), *map(_db, (row["psnr_db"],))]
         cells += [_db(row["psnr_worst_item_db"]), f"{row['relative_l2']:.1e}"]

@@ -7,14 +7,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from stretto.cli.tables import print_whole, table_of
+
 
 def show_train(result: dict[str, Any], console: Console) -> list[str]:
     """Print the tables of the three parts; lines on what stands behind them."""
-    from stretto.cli.bench_table import _print
-
     rows = result["rows"]
-    _print(console, _speed([row for row in rows if row["part"] == "speed"]))
-    _print(console, _losses([row for row in rows if row["part"] == "losses"]))
+    print_whole(console, _speed([row for row in rows if row["part"] == "speed"]))
+    print_whole(console, _losses([row for row in rows if row["part"] == "losses"]))
     summary, lost = result["summary"], next(row for row in rows if row["part"] == "lost rank")
     return [
         f"{lost['who']}: error after {lost['seconds_to_error']:.1f} s, "
@@ -29,11 +29,9 @@ def show_train(result: dict[str, Any], console: Console) -> list[str]:
 
 
 def _speed(rows: list[dict[str, Any]]) -> Table:
-    from stretto.cli.bench_table import _table
-
     title = f"{rows[0]['tokens']} tokens per step, {len(rows[0]['seconds'])} rounds"
     columns = ("seconds", "speed-up", "tokens/s", "busy", "loss")
-    table = _table(title, ("method",), columns)
+    table = table_of(title, ("method",), columns)
     for row in rows:
         seconds, pairs = row["seconds"], row["speedup_pairs"]
         table.add_row(
@@ -48,10 +46,8 @@ def _speed(rows: list[dict[str, Any]]) -> Table:
 
 
 def _losses(rows: list[dict[str, Any]]) -> Table:
-    from stretto.cli.bench_table import _table
-
     columns = ("ranks", "steps", "loss", "losses differ", "norms differ", "within 1e-9")
-    table = _table("float64, against one rank", ("model", "optimizer", "plan"), columns)
+    table = table_of("float64, against one rank", ("model", "optimizer", "plan"), columns)
     for row in rows:
         table.add_row(
             row["model"],

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from stretto.cli.bench_table import _print, _table
+from stretto.cli.tables import print_whole, table_of
 
 _STYLES = {"equal": None, "refused": "yellow", "not built": "yellow"}
 _ERRORS = {"loss": "loss_error", "logits": "logits_error", "gradients": "gradient_error"}
@@ -16,12 +16,12 @@ _ERRORS = {"loss": "loss_error", "logits": "logits_error", "gradients": "gradien
 def show_families(result: dict[str, Any], console: Console) -> list[str]:
     """Print the table; the lines that stand below it."""
     title = f"{result['library']}, {result['ranks']} ranks against one, {result['plan']}"
-    table = _table(title, ("family", "is"), (*_ERRORS, "seconds"))
+    table = table_of(title, ("family", "is"), (*_ERRORS, "seconds"))
     for row in result["rows"]:
         errors = [_shown(row[key]) for key in _ERRORS.values()]
         style = _STYLES.get(row["verdict"], "bold red")
         table.add_row(row["family"], row["verdict"], *errors, f"{row['seconds']:.1f}", style=style)
-    _print(console, table)
+    print_whole(console, table)
     for row in result["rows"]:
         if row["verdict"] != "equal":
             line = f"{row['family']} {row['verdict']}: {row['reason']}"
