@@ -15,7 +15,7 @@ from stretto.cost.attention_links import fabric_of, load_of, pairs
 from stretto.cost.attention_work import step_pairs
 from stretto.plan.options import Context, DoubleRing, StarTrail, Tile
 from stretto.plan.ranges import Mask
-from tests.cluster.make import cluster, link, node
+from tests.cluster.make import cluster, line, link, node
 
 CAUSAL = Mask(causal=True)
 
@@ -183,3 +183,23 @@ def test_work_is_even_under_zigzag_and_counted_elsewhere():
 def _contiguous(context):
     fields = {name: getattr(context, name) for name in ("ulysses", "team", "ring", "schedule")}
     return Context(**fields, layout="contiguous")
+
+
+@pytest.mark.parametrize(("name", "shifts"), [("ring", 7 + 8), ("tile(1)", 7 + 7)])
+def test_every_return_of_gradients_is_counted_once(name, shifts):
+    """Kernels that take no time leave the hops; the last return hides under nothing."""
+    slow = line(8, rate=1e6, latency=0.0)
+    context = Context.named(name, 8)
+    call = Call(1, 16, 16, 2, 2, 8, 2)
+    sizes, fabric = axes.ordered(context.sizes), fabric_of(slow)
+    free = pass_of(context, call, [0.0] * 7 + [1e-12], fabric, sizes, back=True)
+    assert free.seconds == pytest.approx(shifts * call.kv_block(1) / 1e6, rel=1e-6)
+    long = pass_of(context, call, [1.0] * 8, fabric, sizes, back=True)
+    assert long.seconds == pytest.approx(8 + call.kv_block(1) / 1e6, rel=1e-6)
+
+
+def test_a_step_takes_at_least_its_launch():
+    call, context = Call(1, 16, 16, 2, 2, 8, 2), Context(ring=4)
+    kernel = Kernel(forward=1e12, backward=1e12, launch=0.5, source="test")
+    found = kernel_seconds(context, call, kernel, [256.0, 0.0, 256.0], back=False)
+    assert found == pytest.approx([0.5, 0.0, 0.5], abs=1e-6)

@@ -91,12 +91,17 @@ class Size:
         return self.slow_rate if mode == SLOW else self.rate
 
     def shares(self) -> dict[tuple[Layout, Call], float]:
-        """Seconds for every case: by its bytes, and by what each of its ranks does in any case."""
+        """Seconds for every case: by its bytes, and by what each of its ranks does in any case.
+
+        The headline has half as much again for its slow links.
+        """
         weights = {
             (layout, call): layout.ranks * (call.kv_heads + call.heads / 2)
             for layout in self.layouts
             for call in self.calls
         }
+        if self.headline in weights:
+            weights[self.headline] *= 1.5
         return {case: 60 * self.minutes * w / sum(weights.values()) for case, w in weights.items()}
 
 
