@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from stretto.errors import ShapeError
-from stretto.parallel.context import Attention, visible
+from stretto.mesh.local import LocalWorld
+from stretto.ops.attention.layout import row_positions
+from stretto.parallel.context import Attention, own_rows, visible
+from stretto.plan.context import Context
+from stretto.plan.ranges import Mask, packed
 
 
 def inputs(tokens=6, heads=4, kv_heads=2, dim=8):
@@ -49,6 +53,51 @@ def test_queries_at_an_offset_see_the_prefix():
     whole = Attention()(q, k, v, causal=True)
     out = Attention()(q[:, :, 4:], k, v, causal=True, q_offset=4)
     torch.testing.assert_close(out, whole[:, :, 4:], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True, "documents": [9, 0, 4]},
+        {"causal": True, "window": 3},
+        {"window": 2, "scale": 0.3},
+    ],
+)
+def test_bound_it_gives_what_it_gives_alone(options):
+    q, k, v = inputs(tokens=13)
+    right = Attention()(q, k, v, **options)
+    plan = Context(ring=2, ulysses=2)
+    causal, lengths = options.get("causal", False), options.get("documents")
+
+    def body(mesh):
+        module = Attention()
+        module.mesh, module.plan = mesh, plan
+        mask = Mask(causal=causal, documents=packed(lengths))
+        rows = row_positions(own_rows(13, mesh, plan, mask))
+        out = module(*(x[:, :, rows] for x in (q, k, v)), **options)
+        return out, right[:, :, rows]
+
+    for out, expected in LocalWorld(plan.sizes, timeout_s=20).run(body):
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+
+
+def test_autocast_is_that_of_sdpa():
+    q, k, v = (x.float() for x in inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        alone = Attention()(q, k, v.bfloat16())
+        module = Attention()
+        module.mesh = LocalWorld({}).mesh(0)
+        bound = module(q, k, v.bfloat16())
+    assert bound.dtype == alone.dtype == torch.bfloat16
+    torch.testing.assert_close(bound, alone, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_window_without_keys_is_refused(bound):
+    module = Attention()
+    module.mesh = LocalWorld({}).mesh(0) if bound else None
+    with pytest.raises(ShapeError, match="window=0"):
+        module(*inputs(), window=0)
 
 
 def test_documents_that_do_not_sum_are_refused():

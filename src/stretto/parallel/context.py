@@ -71,6 +71,17 @@ def check_degree(plan: Context, mesh: Mesh) -> None:
         )
 
 
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """In the dtype of an active autocast, as SDPA casts them.
+
+    Rotated queries and keys are often float32 beside lower values.
+    """
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
+
+
 @dataclass(eq=False)
 class Binding:
     """What `parallelize` leaves on a model's attention modules: where they run and how.
@@ -101,14 +112,12 @@ class Binding:
         plan = mask.pop("plan", None)
         if plan is None:
             plan = settled(self.plan, causal=self.causal, documents=self.call.get("documents"))
-        if torch.is_autocast_enabled(q_BHTD.device.type):
-            # As SDPA does: rotated queries and keys are often float32 beside lower values.
-            dtype = torch.get_autocast_dtype(q_BHTD.device.type)
-            q_BHTD, k_BGSD, v_BGSE = (x.to(dtype) for x in (q_BHTD, k_BGSD, v_BGSE))
+        q_BHTD, k_BGSD, v_BGSE = _autocast(q_BHTD, k_BGSD, v_BGSE)
         dims = q_BHTD.shape[-1], v_BGSE.shape[-1]
         if dims[0] != dims[1]:
             # Zeros change neither scores nor outputs, and the output's extra columns are zero.
-            mask["scale"] = mask.get("scale") or dims[0] ** -0.5
+            if mask.get("scale") is None:
+                mask["scale"] = dims[0] ** -0.5
             q_BHTD, k_BGSD, v_BGSE = (
                 functional.pad(x, (0, max(dims) - x.shape[-1])) for x in (q_BHTD, k_BGSD, v_BGSE)
             )
@@ -176,31 +185,16 @@ class Attention(nn.Module):
         included; `documents` are lengths that sum to the whole sequence. Scale D**-0.5 by default.
         """
         documents = packed(documents)
-        if self.mesh is not None:
-            from stretto.ops.attention.dist import attention
+        mask = {"causal": causal, "window": window, "documents": documents, "q_offset": q_offset}
+        if self.mesh is None:
+            return whole(q_BHTD, k_BGSD, v_BGSD, **mask, scale=scale)
+        from stretto.ops.attention.dist import attention
 
-            return attention(
-                q_BHTD,
-                k_BGSD,
-                v_BGSD,
-                mesh=self.mesh,
-                plan=settled(self.plan or Context(), causal=causal, documents=documents),
-                causal=causal,
-                window=window,
-                documents=documents,
-                q_offset=q_offset,
-                scale=scale,
-            )
-        return whole(
-            q_BHTD,
-            k_BGSD,
-            v_BGSD,
-            causal=causal,
-            window=window,
-            documents=documents,
-            q_offset=q_offset,
-            scale=scale,
-        )
+        plan = settled(self.plan or Context(), causal=causal, documents=documents)
+        # Packed documents are self-attention, so nobody needs to be asked for lengths.
+        tokens = None if documents is None or q_offset else sum(documents)
+        inputs = _autocast(q_BHTD, k_BGSD, v_BGSD)
+        return attention(*inputs, mesh=self.mesh, plan=plan, tokens=tokens, **mask, scale=scale)
 
     def release(self) -> None:
         """Back to one rank."""
@@ -224,8 +218,9 @@ def whole(
     """Attention over a whole sequence on one device, through torch SDPA.
 
     Documents become one call each, so no mask of the whole sequence is ever held.
-    Raises ShapeError for documents that do not sum to the queries and the keys.
+    Raises ShapeError for a window below 1 and documents that do not sum to the queries and keys.
     """
+    Mask(causal=causal, window=window, q_offset=q_offset, documents=documents)  # or ShapeError
     mask = {"causal": causal, "window": window, "scale": scale}
     tokens, keys = q_BHTD.shape[2], k_BGSD.shape[2]
     if documents is None:

@@ -12,7 +12,7 @@ every rank comes to the same verdict.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,7 +136,7 @@ def _text_config(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _examined(model: nn.Module, binding: Binding, watch: Watch) -> Iterator[None]:
+def _examined(model: nn.Module, binding: Binding, watch: Watch) -> Generator[None]:
     modes = [(part, part.training) for part in model.modules()]
     binding.watch = watch
     try:
@@ -189,7 +189,7 @@ def _placed(model, watch: Watch, positions: torch.Tensor) -> dict[str, torch.Ten
 
 
 @contextlib.contextmanager
-def _recorded(model: nn.Module, tokens: int) -> Iterator[dict[str, torch.Tensor]]:
+def _recorded(model: nn.Module, tokens: int) -> Generator[dict[str, torch.Tensor]]:
     """Outputs of modules that have a row per token, in the order in which they finished."""
     outputs: dict[str, torch.Tensor] = {}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -157,7 +157,7 @@ def check(model: nn.Module, handled: Sequence[str] = ()) -> None:
 @contextlib.contextmanager
 def scoped(
     part: nn.Module, name: str, binding: Binding, whole_keys: Callable[[tuple, dict], bool]
-) -> Iterator[None]:
+) -> Generator[None]:
     """This module's forward runs in a scope; `whole_keys(args, kwargs)` decides per call.
 
     Only the instance is changed, and a forward that somebody set on it before comes back.

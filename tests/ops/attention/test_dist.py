@@ -377,8 +377,8 @@ def over_ranks(inputs, differentiate, context):
                 torch.testing.assert_close(got, whole[:, :, at], rtol=0, atol=1e-12)
 
 
-STARTRAIL = Context(team=2, ring=2, schedule=StarTrail(keep="far"))
-POINTS = [Context(ring=2), Context(ulysses=2, ring=2), STARTRAIL, Context(team=2, ring=5)]
+KEPT = Context(team=2, ring=2, schedule=StarTrail(keep="far"))
+POINTS = [Context(ring=2), Context(ulysses=2, ring=2), KEPT, Context(team=2, ring=5)]
 
 
 @pytest.mark.parametrize("context", POINTS, ids=Context.short)
@@ -428,6 +428,24 @@ def test_without_gradients_nothing_is_recorded(mode):
         out = stretto.attention(q, k, v)
     assert out.grad_fn is None
     assert torch.equal(out, stretto.attention(q, k, v).detach())
+
+
+@pytest.mark.parametrize("backend", ["naive", "cpu"])
+def test_autocast_rounds_nothing(backend):
+    """Inputs decide the dtype; products in bfloat16 would spoil float32 statistics."""
+    q, k, v, _ = Inputs(8, dtype=torch.float32).tensors
+    right = stretto.attention(q, k, v, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(stretto.attention(q, k, v, backend=backend), right)
+
+
+@pytest.mark.parametrize("what", ["out", "lse"])
+def test_results_changed_in_place_before_backward_are_no_silent_error(what):
+    q, k, v, _ = (x.clone().requires_grad_() for x in Inputs(8).tensors)
+    out, lse = stretto.attention(q, k, v, return_lse=True)
+    {"out": out.detach(), "lse": lse}[what].zero_()
+    with pytest.raises(RuntimeError, match="inplace"):
+        out.sum().backward()
 
 
 def test_saved_tensors_pass_through_hooks():

@@ -68,9 +68,9 @@ def attention(
     joins every softmax and has no value; differentiable, gradients are this rank's share.
 
     Sends plan.wire(case) bytes per rank, nothing on one. Results do not depend on timing. The
-    first call of a kind compares plan and case among the ranks.
+    first call of a kind compares plan and case among the ranks, and who wants lse and gradients.
     Raises ShapeError; PlanMismatch when degrees do not fit heads or mesh; UnsupportedModel for
-    dropout and dense masks; RanksDisagree; MeshTimeout, RankLost.
+    dropout and dense masks; ConfigError; RanksDisagree; MeshTimeout, RankLost.
     Source: StarTrail, NeurIPS 2025, section 3; Ring Attention; DeepSpeed-Ulysses.
     """
     _refuse(attn_mask, dropout_p, scale)
@@ -87,8 +87,8 @@ def attention(
     mesh = mesh if context.degree > 1 else None
     if gradients:
         _check_threads(mesh, q)
-    settings = (shapes, scale, str(q.dtype), backend, return_lse, sinks is not None, gradients)
-    lengths, held = _lengths(mesh, context, mask, _known(tokens), (q, k), settings)
+    kind = (shapes, scale, str(q.dtype), backend, return_lse, sinks is not None, gradients)
+    lengths, held = _lengths(mesh, context, mask, _known(tokens), (q, k), kind)
     rank = mesh.rank("cp") if mesh is not None else 0
     with_lse = return_lse or sinks is not None
     case = _case(context, *lengths, shapes, q.element_size(), mask, rank, with_lse)
@@ -172,7 +172,7 @@ def _refuse(attn_mask: Tensor | None, dropout_p: float, scale: object) -> None:
         raise ConfigError(f"scale={scale!r}: expected a finite number, or None for D**-0.5")
 
 
-def _known(tokens: object) -> tuple[int, int] | None:
+def _known(tokens: Any) -> tuple[int, int] | None:
     """Lengths of the whole sequence, of queries and of keys, as the caller tells them."""
     if tokens is None:
         return None

@@ -7,6 +7,8 @@ Plain functions on tensors, without autograd: virtual ranks in threads call them
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
 from dataclasses import dataclass, field
 
 import torch
@@ -75,14 +77,21 @@ def forward_rank(
         q.dtype,
         q.device,
     )
-    with torch.no_grad():
+    with _plain(q.device):
         return _forward(job, q, k, v)
 
 
 def backward_rank(dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv like q, k, v, for dout like out. Moves what the schedule's backward says."""
-    with torch.no_grad():
+    with _plain(dout.device):
         return _backward(saved.job, dout, saved)
+
+
+@contextlib.contextmanager
+def _plain(device: torch.device) -> Generator[None]:
+    """Without autograd, and in the tensors' own dtypes: autocast would round statistics."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 # ---- forward ---------------------------------------------------------------------------------

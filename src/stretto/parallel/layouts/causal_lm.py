@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -190,7 +190,7 @@ def check(model: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def bound(model: PreTrainedModel, binding: Binding) -> Iterator[None]:
+def bound(model: PreTrainedModel, binding: Binding) -> Generator[None]:
     """The model's layers attend through the binding; afterwards everything is as before."""
     register()
     configs = _configs(model)
