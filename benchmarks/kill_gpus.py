@@ -4,10 +4,11 @@ python benchmarks/kill_gpus.py --out kill.json [--ranks N] [--carriers nccl symm
 
 The parent starts one process per GPU for every carrier and kind of work, as torchrun would set
 their environment, and keeps the store that torchrun's agent would keep. `attention` runs ring
-attention, forward and backward, over and over; `train` steps a small GPT with sharded weights. The
-last rank kills itself with SIGKILL in the middle, where others wait for it. Each survivor writes
-down what error it got and when. ok: every survivor ended by itself before the deadline, with an
-error that names the killed rank. `--dry` runs on the CPU over gloo.
+attention, forward and backward, over and over; `train` steps a small GPT with sharded weights;
+`weights` the same, and the others wait inside torch's own gather of weights, which the mesh does
+not see. The last rank kills itself with SIGKILL in the middle, where others wait for it. Each
+survivor writes down what error it got and when. ok: every survivor ended by itself before the
+deadline, with an error that names the killed rank. `--dry` runs on the CPU over gloo.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ from stretto.train.job import Job, attention_bound, build
 from stretto.train.presets import task_of
 from stretto.train.recipe import Recipe
 
-WORKS = ("attention", "train")
+Work = Callable[[], Any]
+WORKS = ("attention", "train", "weights")
 #: A survivor must end before this many seconds have passed since the death.
 TIMEOUT_S = 30.0
 #: Rounds before the death: kernels are loaded and communicators made.
@@ -182,18 +185,20 @@ def rank_main(options: argparse.Namespace) -> int:
     device, context = job.local_device(options.dry), Context(ring=ranks)
     plan = Plan(kind="train", cp=context)
     carried = "auto" if carrier == "gloo" else carrier
-    make = {"attention": attend, "train": train}[work]
+    make = {"attention": attend, "train": train, "weights": train}[work]
     if carrier == "symmetric":
         # A kernel that loads behind one that waits on the device would wait for ever.
         warm = init_mesh(plan, device=device, timeout_s=TIMEOUT_S, carrier="nccl")
-        make(warm, plan, options.dry)()
+        make(warm, plan, options.dry)[0]()
         result.synchronise(device)
         warm.close()
     mesh = init_mesh(plan, device=device, timeout_s=TIMEOUT_S, carrier=carried)
     file = options.out / f"{rank}.json"
     try:
         with mesh.ending_peers(work):
-            repeat(make(mesh, plan, options.dry), mesh, rank == ranks - 1, file)
+            step, begun = make(mesh, plan, options.dry)
+            last = begun if work == "weights" else mesh.check
+            repeat(step, last if rank == ranks - 1 else None, mesh, file)
     except Exception as error:  # noqa: BLE001 - whatever a survivor gets is what is measured
         told = {"time": time.time(), "error": f"{type(error).__name__}: {error}"}
         file.write_text(json.dumps(told))
@@ -201,27 +206,27 @@ def rank_main(options: argparse.Namespace) -> int:
     os._exit(3)
 
 
-def repeat(step: Any, mesh: Mesh, victim: bool, file: Path) -> None:
-    """Rounds without end; the victim leaves in the middle of one, its peers already under way."""
+def repeat(step: Work, last: Work | None, mesh: Mesh, file: Path) -> None:
+    """Rounds without end; the one that has a `last` thing to do leaves after it, in the middle."""
     number = 0
     while True:
         mesh.record(f"round {number}")
-        if victim and number == ROUNDS:
+        if number == ROUNDS:
             mesh.barrier()
-            # The others have left the barrier, too, and wait for this rank's first message.
+        if last and number == ROUNDS:
+            last()
+            # By now the others wait for this rank's next message.
             time.sleep(1.0)
             file.write_text(json.dumps({"died": time.time()}))
             os.kill(os.getpid(), signal.SIGKILL)
-        if number == ROUNDS:
-            mesh.barrier()
         step()
         result.synchronise(mesh.device)
         mesh.check()
         number += 1
 
 
-def attend(mesh: Mesh, plan: Plan, dry: bool) -> Any:
-    """Ring attention over and over on the same rows."""
+def attend(mesh: Mesh, plan: Plan, dry: bool) -> tuple[Work, Work]:
+    """Ring attention over and over on the same rows; it begins with nothing."""
     ranks, rows = mesh.world_size, 16 if dry else 4096
     dtype, heads, dim = (torch.float32, 2, 16) if dry else (torch.bfloat16, 16, 128)
     drawn = (torch.randn(1, heads, rows, dim, device=mesh.device, dtype=dtype) for _ in range(4))
@@ -233,11 +238,14 @@ def attend(mesh: Mesh, plan: Plan, dry: bool) -> Any:
         out = attention(*leaves, mesh=mesh, **more)
         torch.autograd.grad(out, leaves, dout)
 
-    return step
+    return step, mesh.check
 
 
-def train(mesh: Mesh, plan: Plan, dry: bool) -> Any:
-    """A GPT whose weights are sharded over the same ranks as its sequence."""
+def train(mesh: Mesh, plan: Plan, dry: bool) -> tuple[Work, Work]:
+    """A GPT whose weights are sharded over the same ranks as its sequence: a step, its beginning.
+
+    After the beginning the others gather weights.
+    """
     model, tokens = ("gpt-tiny", 64) if dry else ("gpt-medium", 8192)
     dtype = "float32" if dry else "bfloat16"
     recipe = Recipe(model=model, tokens=tokens * mesh.world_size, sequences=1, dtype=dtype)
@@ -246,7 +254,7 @@ def train(mesh: Mesh, plan: Plan, dry: bool) -> Any:
     bound = attention_bound(module, plan, mesh)
     bound.__enter__()
     trainer = build(task, module, Job(recipe=recipe, plan=plan), mesh)
-    return trainer.step
+    return trainer.step, trainer.draw
 
 
 def parse() -> argparse.Namespace:
@@ -257,6 +265,8 @@ def parse() -> argparse.Namespace:
     options = made.parse_args()
     if options.dry and "RANK" not in os.environ:
         options.carriers = ["gloo"]
+        # Over gloo a gather of weights fails at once, and by itself does not say who is gone.
+        options.works = [work for work in options.works if work != "weights"]
     return options
 
 

@@ -353,6 +353,8 @@ def main(options: argparse.Namespace) -> None:
             bench.write()
     bench.write()
     bench.say("done")
+    bench.barrier()
+    bench.world.close()
 
 
 def line(row: dict[str, Any]) -> str:

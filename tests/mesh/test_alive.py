@@ -115,3 +115,35 @@ def test_work_on_a_device_ends_when_its_peer_dies(child, monkeypatch):
             watch.check("rank 0")
     finally:
         watch.stop()
+
+
+def test_an_engines_waits_end_too_though_the_mesh_does_not_see_them(child, monkeypatch):
+    monkeypatch.setattr(abort, "LOOK_S", 0.01)
+    store, ending = dist.HashStore(), threading.Event()
+    store.set("process/1", json.dumps(asdict(process_of(child))))
+    watch = Watch(0, store, lambda: 1000.0, lambda what: None, (0, 1))
+    watch.always = [1]
+    watch.enders.append(ending.set)
+    watch.start()
+    try:
+        assert not ending.wait(0.1)
+        ended(child)
+        assert ending.wait(10)
+    finally:
+        watch.stop()
+    assert "at work, lost: rank 1" in watch.reason()
+
+
+def test_a_dead_rank_that_nobody_waits_for_ends_nothing(child, monkeypatch):
+    monkeypatch.setattr(abort, "LOOK_S", 0.01)
+    store, ending = dist.HashStore(), threading.Event()
+    store.set("process/1", json.dumps(asdict(process_of(child))))
+    watch = Watch(0, store, lambda: 1000.0, lambda what: None, (0, 1, 2))
+    watch.enders.append(ending.set)
+    watch.start()
+    try:
+        ended(child)
+        watch.follow(lambda: False, Await("shift", "ring", "column").of([2]))
+        assert not ending.wait(0.3)
+    finally:
+        watch.stop()

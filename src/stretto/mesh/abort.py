@@ -67,6 +67,8 @@ class Watch:
     ):
         #: Called, each once, to end what this rank waits for.
         self.enders: list[Callable[[], None]] = []
+        #: Ranks whose death is looked for also while this rank waits for nothing that is seen here.
+        self.always: Sequence[int] = ()
         self._rank = rank
         self._store = store
         self._timeout_s = timeout_s
@@ -174,10 +176,11 @@ class Watch:
 
     def _look_for_dead(self, waits: Await | None) -> None:
         """End the mesh when a rank that is waited for has gone without a word."""
-        gone = self._living.gone(waits.peers if waits else (), self._looking)
-        if gone and waits and not self._reason:
+        needed = {*self.always, *(waits.peers if waits else ())}
+        gone = self._living.gone(sorted(needed), self._looking)
+        if gone and not self._reason:
             names = "; ".join(f"rank {rank}: {told}" for rank, told in gone.items())
-            self.abort(f"{waits}, lost: {names}")
+            self.abort(f"{waits or 'at work'}, lost: {names}")
 
     def _look(self, waits: Await | None) -> None:
         """While this rank waits, publish for what, and see whether somebody ended the mesh."""

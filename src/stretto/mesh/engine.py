@@ -25,6 +25,8 @@ def torch_mesh(mesh: Mesh) -> DeviceMesh:
 
     if isinstance(mesh, ProcessMesh) and mesh.world_size > 1:
         group = mesh._group(None, _CHANNEL)
+        # An engine's waits are not the mesh's own, so nobody would see them when a rank dies.
+        mesh.watch.always = [rank for rank in mesh.peers(None) if rank != mesh.world_rank]
     elif dist.get_world_size() == mesh.world_size:
         group = dist.group.WORLD
     else:
