@@ -210,7 +210,7 @@ def summary(done: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    made = job.parser(__doc__, budget_s=140)
+    made = job.parser(__doc__, budget_s=165)
     made.add_argument("--models", type=_models, default=list(MODELS), help=",".join(MODELS))
     step_bench.add_options(made)
     options = made.parse_args(arguments)
