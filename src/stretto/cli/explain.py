@@ -73,9 +73,7 @@ def explain(
     job = _job(plans, workload, model, tokens, sequences)
     if job is not None or plans[0].kind == "train":
         if steps is not None or guided_bytes is not None:
-            raise ConfigError(
-                "--steps and --guided-bytes are of a generation, not of training"
-            )
+            raise ConfigError("--steps and --guided-bytes are of a generation, not of training")
         print(_training(plans, job, cluster, json=json))
         return 0
     if workload is None and cluster is None:
