@@ -100,3 +100,24 @@ def test_flops_are_seven_half_squares():
     case = attention_gpus.Case("mha", 8, 2, 1, 4)
     assert case.flops == 7 * (2 * 8 * 8 * 4 * 2) / 2
     assert case.of(Context(ring=2), 1, 2).q_rows[1].rows == 4
+
+
+def test_what_the_gate_found_wrong_is_not_timed():
+    bench = argparse.Namespace(
+        options=argparse.Namespace(plans=[], long_plans=[]), ranks=2, clusters={}, wrong=set()
+    )
+    case = attention_gpus.Case("mha", 64, 4, 4, 16)
+    found = attention_gpus.plans(bench, case, "nccl")
+    bench.wrong.add(("nccl", found["ulysses"]))
+    assert set(found) - set(attention_gpus.plans(bench, case, "nccl")) == {"ulysses"}
+    assert "ulysses" in attention_gpus.plans(bench, case, "symmetric")
+
+
+def test_predictions_rest_on_messages_as_attention_sends_them():
+    messages = [
+        attention_gpus.probe.Message(verb, size, 2, 1.0)
+        for verb in ("all_gather", "shift")
+        for size in (1024, 2**20)
+    ]
+    kept = attention_gpus.sent_by_attention(messages, False)
+    assert [(each.verb, each.num_bytes) for each in kept] == [("shift", 2**20)]
