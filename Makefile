@@ -1,6 +1,6 @@
 # `make demo` and `make test` are the two commands of the README; each makes .venv first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-EXTRAS ?= dev,diffusion,gpu,plots
+EXTRAS ?= dev,diffusion,gpu,plots,interpret
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --durations=5
 

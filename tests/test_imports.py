@@ -5,6 +5,7 @@ an import by string. These tests do.
 """
 
 import importlib
+import importlib.util
 import pkgutil
 
 import pytest
@@ -35,6 +36,9 @@ def test_deciding_loads_no_device_library():
 
 def test_mesh_and_operators_need_only_torch():
     code = imports("stretto.mesh", "stretto.ops")
+    if importlib.util.find_spec("triton") is None:
+        # Kernels are imported where a GPU is, and torch brings Triton there.
+        code = "\n".join(line for line in code.splitlines() if not line.endswith(".triton"))
     loaded = modules_after(code, blocked=["pydantic", "yaml"])
     assert {"torch", "stretto.ops.attention.backends"} <= loaded
 

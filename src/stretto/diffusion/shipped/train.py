@@ -14,6 +14,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -123,20 +125,28 @@ def run(recipe: Recipe, options: argparse.Namespace) -> None:
         log.info("wrote %s", grid)
 
 
-def _repeatable() -> None:
+@contextmanager
+def _repeatable() -> Iterator[None]:
     """Ask CUDA for the same bits in every run; the CPU kernels of these models give them anyway."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # pyrefly: ignore
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Writing NaN into every new tensor, the default of that mode, costs time and finds nothing.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # pyrefly: ignore
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command entry: 0, or 2 after logging an error that the user can mend."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    _repeatable()
     try:
-        run(*parse(sys.argv[1:] if arguments is None else arguments))
+        with _repeatable():
+            run(*parse(sys.argv[1:] if arguments is None else arguments))
     except StrettoError as error:
         log.error("%s", error)
         return 2
