@@ -183,6 +183,9 @@ def plans(bench: Bench, case: Case, carrier: str) -> dict[str, Context]:
     found[OWN_RING] = Context(ring=bench.ranks)
     if carrier in bench.clusters:
         found[AUTO] = chosen(bench, case, carrier)
+        if found[AUTO] == found[OWN_RING]:
+            # One measurement is enough.
+            del found[OWN_RING]
     asked = bench.options.long_plans if case.section == "long" else bench.options.plans
     return {
         name: point
@@ -835,6 +838,7 @@ NOTES = [
     "contiguous in its layout",
     "one GPU: torch's scaled_dot_product_attention with cuDNN over the whole sequence, on rank 0",
     "exposed: above the time of the same plan with its messages left out",
+    "ring, ours: gradients go straight to their owner; not listed where auto chose it",
     "auto: the least predicted time on the cluster that this run probed, per carrier; compared "
     "with the best named plan over the same carrier",
 ]
