@@ -45,7 +45,8 @@ from stretto.cost.fit import fit_link
 from stretto.cost.train import estimate
 from stretto.mesh import probe
 from stretto.mesh.count import CountingMesh
-from stretto.mesh.mesh import Mesh, Pending, init_mesh
+from stretto.mesh.join import init_mesh
+from stretto.mesh.mesh import Mesh, Pending
 from stretto.ops.attention import backends, naive
 from stretto.ops.attention.dist import attention
 from stretto.ops.attention.layout import take

@@ -30,7 +30,8 @@ import result
 import torch
 import torch.distributed as dist
 
-from stretto.mesh.mesh import Mesh, init_mesh
+from stretto.mesh.join import init_mesh
+from stretto.mesh.mesh import Mesh
 from stretto.ops.attention.dist import attention
 from stretto.plan.context import Context
 from stretto.plan.model import Plan

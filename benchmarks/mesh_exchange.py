@@ -32,7 +32,8 @@ import result
 import torch
 
 from stretto.errors import MeshTimeout, RankLost
-from stretto.mesh.mesh import Mesh, init_mesh
+from stretto.mesh.join import init_mesh
+from stretto.mesh.mesh import Mesh
 
 AXIS = "ring_in"
 SIZES = tuple(1024 * 4**power for power in range(10))

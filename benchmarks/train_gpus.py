@@ -33,7 +33,8 @@ from train_slices import write_document
 from stretto.cluster.model import Cluster
 from stretto.cost.train import estimate
 from stretto.errors import StrettoError
-from stretto.mesh.mesh import Mesh, init_mesh
+from stretto.mesh.join import init_mesh
+from stretto.mesh.mesh import Mesh
 from stretto.plan.context import Context, named_points
 from stretto.plan.model import Plan
 from stretto.train import shards

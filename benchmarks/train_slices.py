@@ -40,8 +40,9 @@ import torch
 import torch.distributed as dist
 
 from stretto.mesh.engine import torch_mesh
+from stretto.mesh.join import init_mesh
 from stretto.mesh.local import LocalWorld
-from stretto.mesh.mesh import Mesh, init_mesh
+from stretto.mesh.mesh import Mesh
 from stretto.plan.context import Context, named_points
 from stretto.plan.model import Plan
 from stretto.train import shards

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from stretto.cluster.model import Cluster
     from stretto.cost.estimate import Estimate
     from stretto.diffusion.api import parallelized
-    from stretto.mesh.mesh import Mesh, init_mesh
+    from stretto.mesh.join import init_mesh
+    from stretto.mesh.mesh import Mesh
     from stretto.ops.attention.dist import attention
     from stretto.parallel.api import parallelize
     from stretto.parallel.batch import shard
@@ -62,7 +63,7 @@ _HOMES = {
     "estimate": "stretto.search.judge",
     "explain": "stretto.search.judge",
     "find_plans": "stretto.search.space",
-    "init_mesh": "stretto.mesh.mesh",
+    "init_mesh": "stretto.mesh.join",
     "parallelize": "stretto.parallel.api",
     "parallelized": "stretto.diffusion.api",
     "shard": "stretto.parallel.batch",

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from stretto.errors import LaunchError, PlanMismatch, RankLost
+from stretto.mesh.join import init_mesh
 from stretto.mesh.launch import GRACE_S, launch
-from stretto.mesh.mesh import init_mesh
 from stretto.testing.ranks import Axes
 
 TWO = Axes({"step": 2})

@@ -8,8 +8,8 @@ import torch
 
 from stretto.errors import LaunchError, MeshTimeout, PlanMismatch, RankLost
 from stretto.mesh.count import CountingMesh
+from stretto.mesh.join import init_mesh
 from stretto.mesh.local import LocalWorld
-from stretto.mesh.mesh import init_mesh
 from stretto.testing.ranks import PRELOAD, Axes, preloaded, run_ranks
 
 SIZES = {"step": 2, "cfg": 2}

@@ -17,8 +17,9 @@ from stretto.bench.attention_cases import Call, Reference, errors, reference, ro
 from stretto.cost import attention_bytes
 from stretto.errors import StrettoError
 from stretto.mesh.count import CountingMesh
+from stretto.mesh.join import init_mesh
 from stretto.mesh.local import LocalWorld
-from stretto.mesh.mesh import Mesh, init_mesh
+from stretto.mesh.mesh import Mesh
 from stretto.ops.attention.rank import backward_rank, forward_rank
 from stretto.plan.options import AttentionCase, Context
 from stretto.plan.schedule import schedule

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from stretto.bench.links_nodes import Place
 from stretto.errors import LaunchError, RankLost
-from stretto.mesh.mesh import Mesh, init_mesh
+from stretto.mesh.join import init_mesh
+from stretto.mesh.mesh import Mesh
 from stretto.ops.attention import backends
 from stretto.ops.attention.backends import Backend
 from stretto.ops.attention.merge import accumulators

@@ -23,8 +23,9 @@ from stretto.diffusion.api import parallelized
 from stretto.diffusion.clock import Clock
 from stretto.diffusion.compare import Costs, depth_of
 from stretto.diffusion.folder import open_pipeline
+from stretto.mesh.join import init_mesh
 from stretto.mesh.launch import OnNote, Tell, launch
-from stretto.mesh.mesh import Mesh, init_mesh
+from stretto.mesh.mesh import Mesh
 from stretto.plan.model import Plan
 from stretto.plan.options import Parastep, Steps
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from stretto.errors import RankLost
+from stretto.mesh.join import init_mesh
 from stretto.mesh.launch import OnNote, Tell, launch
 from stretto.mesh.local import LocalWorld
-from stretto.mesh.mesh import init_mesh
 from stretto.plan.model import Plan
 from stretto.plan.options import Context
 from stretto.train.choice import best_context

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from stretto.bench.result import spread
+from stretto.mesh.join import init_mesh
 from stretto.mesh.launch import OnNote, Tell, launch
 from stretto.mesh.local import LocalWorld
-from stretto.mesh.mesh import Mesh, init_mesh
+from stretto.mesh.mesh import Mesh
 from stretto.plan.model import Plan
 from stretto.plan.options import Context
 from stretto.train.choice import best_context

@@ -25,9 +25,10 @@ from stretto.diffusion.clock import Count
 from stretto.diffusion.folder import describe, open_pipeline
 from stretto.diffusion.output import Media
 from stretto.errors import ConfigError, PlanMismatch, UnsupportedPipeline
+from stretto.mesh.join import init_mesh
 from stretto.mesh.launch import Tell
 from stretto.mesh.local import LocalWorld
-from stretto.mesh.mesh import WARMING_UP, Mesh, init_mesh
+from stretto.mesh.mesh import WARMING_UP, Mesh
 from stretto.plan.model import Plan
 from stretto.plan.options import Steps
 

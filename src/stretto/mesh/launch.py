@@ -36,7 +36,7 @@ OnNote = Callable[[int, dict], None]
 
 #: Imported once by the server that ranks are forked from. torch._dynamo and torch.optim come with
 #: diffusers; named here so that a server started for a smaller job serves a larger one as well.
-PRELOAD = ("torch", "torch.distributed", "torch.optim", "torch._dynamo", "stretto.mesh.mesh")
+PRELOAD = ("torch", "torch.distributed", "torch.optim", "torch._dynamo", "stretto.mesh.join")
 #: Seconds between a peer's failure and the end of the others: time to write down what they saw.
 GRACE_S = 3.0
 #: Seconds that ranks may take to appear: importing torch without bytecode on a busy machine.

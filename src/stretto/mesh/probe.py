@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from stretto.errors import ConfigError
+from stretto.mesh.join import init_mesh
 from stretto.mesh.launch import Tell, launch
-from stretto.mesh.mesh import Mesh, init_mesh
+from stretto.mesh.mesh import Mesh
 
 #: Message sizes, bytes: 1 KiB to 16 MiB.
 MESSAGE_BYTES = tuple(1024 * 4**power for power in range(8))

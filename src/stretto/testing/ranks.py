@@ -23,7 +23,7 @@ from pathlib import Path
 from stretto.errors import LaunchError, RankLost
 
 #: Imported once by the server, so that ranks start in a tenth of a second.
-PRELOAD = ("torch", "torch.distributed", "torch.optim", "torch._dynamo", "stretto.mesh.mesh")
+PRELOAD = ("torch", "torch.distributed", "torch.optim", "torch._dynamo", "stretto.mesh.join")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _rank(body, sizes, args, rank, count, folder, limits, sender, path) -> None:
     import torch
     import torch.distributed as dist
 
-    from stretto.mesh.mesh import init_mesh
+    from stretto.mesh.join import init_mesh
 
     sys.path[:] = path
     faulthandler.dump_traceback_later(limits[0] * 0.95, exit=False)

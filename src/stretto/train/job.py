@@ -20,8 +20,9 @@ from torch import nn
 import stretto
 from stretto.errors import ConfigError, MeshTimeout, RankLost, RanksDisagree
 from stretto.mesh.engine import torch_mesh
+from stretto.mesh.join import init_mesh
 from stretto.mesh.launch import Tell
-from stretto.mesh.mesh import Mesh, init_mesh
+from stretto.mesh.mesh import Mesh
 from stretto.plan.model import Plan
 from stretto.train import checkpoint, shards
 from stretto.train.events import Began, Event, Saved, Stepped, Validated, line
