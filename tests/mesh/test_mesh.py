@@ -109,6 +109,8 @@ def stalls(mesh):
     mesh.barrier()
     try:
         if mesh.world_rank == 1:
+            # Longer than its peer, which is to run out of patience first.
+            mesh.allow(3 * mesh.timeout_s)
             mesh.record("evaluating step 7")
             mesh.permute(torch.zeros(1), "step", {0: 1}, "never sent").wait()
         mesh.barrier()

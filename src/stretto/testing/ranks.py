@@ -22,6 +22,8 @@ from pathlib import Path
 
 from stretto.errors import LaunchError, RankLost
 
+#: Seconds that the cause of a peer's loss may take to be told after the loss.
+CAUSE_S = 5.0
 #: Imported once by the server, so that ranks start in a tenth of a second.
 PRELOAD = ("torch", "torch.distributed", "torch.optim", "torch._dynamo", "stretto.mesh.join")
 
@@ -117,25 +119,28 @@ def _leave(store, rank: int, count: int) -> None:
 
 
 def _collect(pipes: Sequence, ranks: Sequence, timeout_s: float) -> list:
-    """Results in rank order, or the first failure."""
+    """Results in rank order, or the failure that the others follow from."""
     results: dict[int, object] = {}
+    lost: RankLost | LaunchError | None = None
     deadline = time.monotonic() + timeout_s
     while len(results) < len(pipes):
         open_pipes = {pipes[r]: r for r in range(len(pipes)) if r not in results}
         ready = wait(list(open_pipes), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             missing = sorted(open_pipes.values())
-            raise RankLost(f"ranks {missing} did not finish within {timeout_s:g} s")
-        failures = []
+            raise lost or RankLost(f"ranks {missing} did not finish within {timeout_s:g} s")
         for pipe in ready:
             rank = open_pipes[pipe]
             try:
                 results[rank] = _receive(pipe, rank, ranks[rank])
             except (LaunchError, RankLost) as error:
-                failures.append(error)
-        if failures:
-            # A cause is told before what follows from it at peers, but here both may be ready.
-            raise min(failures, key=lambda error: "raised RankLost" in str(error))
+                if "raised RankLost" not in str(error):
+                    raise
+                # What follows from a cause may be told before it: the cause is on its way.
+                results[rank], lost = None, lost or error
+                deadline = min(deadline, time.monotonic() + CAUSE_S)
+    if lost:
+        raise lost
     return [results[rank] for rank in range(len(pipes))]
 
 
