@@ -6,9 +6,7 @@ Nothing here imports torch before that server runs.
 
 from __future__ import annotations
 
-import contextlib
 import json as jsonlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +22,7 @@ from stretto.cli.generate_options import (
     ranks_of,
     threads_of,
 )
+from stretto.cli.screen import Screen, output
 from stretto.mesh.launch import launch, prepare
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ def generate(
     check_comparison(compare, ranks)
     call = call_of(subject)
     threads = threads_of(machine.threads, ranks)
-    with _output(out), _Screen(quiet=quiet or json) as screen:
+    with output(out), Screen(quiet=quiet or json) as screen:
         if ranks > 1 and not split.emulate:
             # First, since it works in another process while this one imports torch.
             prepare(PRELOAD, threads=threads)
@@ -124,7 +123,7 @@ def _job(
 
 
 def _run(
-    job: Job, threads: int, screen: _Screen, out: Path
+    job: Job, threads: int, screen: Screen, out: Path
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Run the job on its ranks and write what comes back; the result and the files' names."""
     from stretto.cli import generate_result
@@ -143,52 +142,3 @@ def _run(
     )
     result = generate_result.document(job, outcomes, threads, load)
     return result, generate_result.write(out, job, outcomes, result)
-
-
-class _Screen:
-    """The progress of rank 0 as a bar, where somebody can see it."""
-
-    def __init__(self, *, quiet: bool):
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[far]}"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=quiet or not console.is_terminal,
-        )
-        self._task = self._bar.add_task("starting", total=None, far="")
-
-    def __enter__(self) -> _Screen:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
-
-    def note(self, rank: int, note: dict[str, Any]) -> None:
-        if rank:
-            return
-        done, total = note.get("done"), note.get("total")
-        far = f"{done}/{total} steps" if total else ""
-        self._bar.update(
-            self._task, description=note["stage"], completed=done or 0, total=total, far=far
-        )
-
-
-@contextlib.contextmanager
-def _output(out: Path) -> Iterator[None]:
-    """A folder known to be writable, gone again if it was made here and nothing came into it."""
-    from stretto.diffusion.output import check_writable
-
-    made = check_writable(out)
-    try:
-        yield
-    finally:
-        if made and not any(out.iterdir()):
-            out.rmdir()

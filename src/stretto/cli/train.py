@@ -5,14 +5,13 @@ What can be checked without loading a model is checked first; the ranks' server 
 
 from __future__ import annotations
 
-import contextlib
 import json as jsonlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
+from stretto.cli.screen import Screen, output
 from stretto.cli.train_options import Down, Log, Machine, Split, Work, plan_of, recipe_of
 from stretto.errors import ConfigError
 from stretto.mesh.launch import prepare
@@ -81,7 +80,7 @@ def train(
         device=machine.device,
         timeout_s=machine.timeout,
     )
-    with _output(out), Screen(quiet=quiet or json) as screen:
+    with output(out), Screen(quiet=quiet or json) as screen:
         result, notes = _run(job, machine.threads, compare, screen)
     _show(result, notes, out, json, quiet)
     return 0
@@ -127,54 +126,3 @@ def _show(result: dict[str, Any], notes: list[str], out: Path, json: bool, quiet
         from stretto.cli.train_table import show
 
         show(result, notes, out)
-
-
-class Screen:
-    """The progress of rank 0 as a bar, where somebody can see it."""
-
-    def __init__(self, *, quiet: bool):
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[far]}"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=quiet or not console.is_terminal,
-        )
-        self._task = self._bar.add_task("starting", total=None, far="")
-
-    def __enter__(self) -> Screen:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
-
-    def note(self, rank: int, note: dict[str, Any]) -> None:
-        if rank:
-            return
-        done, total = note.get("done"), note.get("total")
-        far = f"{done}/{total} steps" if total else ""
-        if "loss" in note:
-            far += f", loss {note['loss']:.3f}"
-        self._bar.update(
-            self._task, description=note["stage"], completed=done or 0, total=total, far=far
-        )
-
-
-@contextlib.contextmanager
-def _output(out: Path) -> Iterator[None]:
-    """A folder known to be writable, gone again if it was made here and nothing came into it."""
-    from stretto.diffusion.output import check_writable
-
-    made = check_writable(out)
-    try:
-        yield
-    finally:
-        if made and not any(out.iterdir()):
-            out.rmdir()
