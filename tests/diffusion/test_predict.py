@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stretto.diffusion.predict import make_predictor
 from stretto.errors import ConfigError
@@ -278,3 +279,31 @@ def test_damping_belongs_to_damped_only(name):
     with pytest.raises(ConfigError, match=f"'{name}' takes no stored damping"):
         make_predictor(name, (0.5,))
     assert make_predictor(name, ()).damping == {}
+
+
+class HostReads(TorchDispatchMode):
+    """Names of operations that make the host wait for a device, on any device."""
+
+    WAITING = ("lift_fresh", "_local_scalar_dense", "is_nonzero", "equal", "nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.WAITING:
+            self.found.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", sorted(set(PREDICTORS) - {"own"}))
+def test_no_prediction_waits_for_the_device(name):
+    values = tensors(9, torch.float32)
+    predictor = make_predictor(name)
+    with HostReads() as reads:
+        feed(predictor, values, [1, 2, 4])
+        predictor.guess(NOISE[8], 2)
+    assert reads.found == []
+    with HostReads() as reads:
+        values[0].new_tensor(0.5)
+    assert reads.found, "the mode sees a value that is copied from the host"

@@ -157,7 +157,8 @@ class Extrapolation:
         if not self._unsolved:
             return
         slopes = torch.stack(list(self._unsolved.values()))
-        unfitted = slopes.new_tensor(_UNFITTED)
+        # Filled on the device: a value copied from the host would wait for the device first.
+        unfitted = slopes.new_full((), _UNFITTED)
         earlier = torch.stack([self._fits.get(h, unfitted) for h in self._unsolved])
         # 0 / 0 where the base does not change: nothing is learned, what was fitted before stays.
         fits = torch.where(slopes.isfinite(), slopes.clamp(0, 1), earlier)
