@@ -240,6 +240,11 @@ def _sdpa(q, k, v, *, causal, window, scale, q_offset=0) -> torch.Tensor:
     gqa = q.shape[1] != k.shape[1]
     plain = window is None and (not causal or (q_offset == 0 and q.shape[2] == k.shape[2]))
     mask = None if plain else visible(q.shape[2], k.shape[2], causal, window, q_offset, q.device)
+    if gqa and q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # The one kernel that takes these does not share key heads; without it the whole matrix of
+        # scores would be held.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        gqa = False
     return functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal and plain, scale=scale, enable_gqa=gqa
     )
