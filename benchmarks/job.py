@@ -22,7 +22,14 @@ import torch
 
 from stretto.mesh.mesh import Mesh
 
-_NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+#: What ranks of one host get where it is unset. NVLink multicast stays off: where it fails, it
+#: takes the GPUs with it. Gloo talks over the loopback: a host without a network may have no
+#: address for its own name.
+ONE_HOST = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
 
 
 @dataclass(frozen=True)
@@ -115,8 +122,7 @@ def local_device(dry: bool) -> torch.device:
         raise SystemExit(
             f"rank {local} has no GPU of its own, there are {count}: --nproc-per-node {count}"
         )
-    # NVLink multicast stays off: where it fails, it takes the host's GPUs with it.
-    for name, value in _NO_MULTICAST.items():
+    for name, value in ONE_HOST.items():
         os.environ.setdefault(name, value)
     torch.cuda.set_device(local)
     return torch.device("cuda", local)

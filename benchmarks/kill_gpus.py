@@ -14,6 +14,7 @@ deadline, with an error that names the killed rank. `--dry` runs on the CPU over
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -57,12 +58,15 @@ def main(options: argparse.Namespace) -> int:
     ranks = options.ranks or (2 if options.dry else torch.cuda.device_count())
     words = job.device_words(device, ranks)
     found = result.begin("mesh/kill", words, options.commit, ranks=ranks, timeout_s=TIMEOUT_S)
-    for carrier in options.carriers:
-        for work in options.works:
+    found["skipped"], began = [], time.time()
+    for carrier, work in itertools.product(options.carriers, options.works):
+        if time.time() - began > options.budget_s:
+            found["skipped"].append({"who": f"kill/{carrier}/{work}", "why": "past the budget"})
+        else:
             found["rows"].append(case(ranks, carrier, work, options.dry))
-            found["summary"] = summary(found["rows"])
-            result.write(options.out, found)
             print(line(found["rows"][-1]), flush=True)
+        found["summary"] = summary(found["rows"])
+        result.write(options.out, found)
     print(json.dumps(found["summary"], indent=1))
     return 0 if found["summary"]["ok"] else 1
 

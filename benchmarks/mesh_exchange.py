@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import job
 import mps
 import result
 import torch
@@ -42,13 +43,9 @@ DRY_SIZES = (1024, 65536)
 LETTERS = (0, 1, 7, 4096, 1_000_003, 9_000_001, 40_000_000)
 DRY_LETTERS = (0, 1, 7, 4096)
 CASES = ("check", "time", "abort", "deadline")
-
-
-@dataclass(frozen=True)
-class Axes:
-    """A plan that is nothing but axis sizes."""
-
-    sizes: dict[str, int]
+TIMEOUT_S = 60.0
+#: The limit that is waited out in the case `deadline`.
+DEADLINE_S = 4.0
 
 
 # ---- the parent --------------------------------------------------------------------------------
@@ -68,9 +65,8 @@ def main() -> int:
     options = arguments()
     if "RANK" in os.environ:
         return rank_main(options)
-    device = "CPU" if options.dry else torch.cuda.get_device_name(0)
-    label = f" ({options.ranks} MPS slices of one GPU)" if options.mps else ""
-    found = result.begin("mesh exchange", device + label, options.commit, ranks=options.ranks)
+    found = result.begin("mesh/exchange", device_words(options), options.commit)
+    found["ranks"] = options.ranks
     told = []
     with mps.daemon() if options.mps else nullcontext({}) as environment:
         for carrier in options.carriers:
@@ -85,15 +81,25 @@ def main() -> int:
     return 0 if found["summary"]["ok"] else 1
 
 
+def device_words(options: argparse.Namespace) -> str:
+    """What the result calls the machine."""
+    if options.dry or options.ranks <= torch.cuda.device_count():
+        return job.device_words(torch.device("cpu" if options.dry else "cuda:0"), options.ranks)
+    how = "MPS slices" if options.mps else "processes in turns"
+    return f"{options.ranks} {how} of one {torch.cuda.get_device_name(0)}"
+
+
 def start(options: argparse.Namespace, carrier: str, case: str, environment: dict) -> Told:
     """One process per rank, joined over a port of this machine."""
     told = Told(carrier, case)
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, __file__, "--carriers", carrier, "--cases", case]
         words += ["--out", folder, *(["--dry"] if options.dry else [])]
-        base = {**os.environ, **environment, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-        base |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(options.ranks)}
-        base |= {"LOCAL_WORLD_SIZE": str(options.ranks)}
+        source = str(Path(__file__).resolve().parents[1] / "src")
+        base = {**job.ONE_HOST, **os.environ, **environment, "OMP_NUM_THREADS": "1"}
+        base["PYTHONPATH"] = os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])
+        base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        base |= {"WORLD_SIZE": str(options.ranks), "LOCAL_WORLD_SIZE": str(options.ranks)}
         if options.mps:
             base |= mps.slice_environment(options.ranks)
         processes = [
@@ -167,9 +173,11 @@ def summary(told: list[Told]) -> dict[str, Any]:
 def rank_main(options: argparse.Namespace) -> int:
     (carrier,), (case,) = options.carriers, options.cases
     ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    timeout_s = 4.0 if case == "deadline" else 60.0
-    device = "cpu" if options.dry else None
-    mesh = init_mesh(Axes({AXIS: ranks}), device=device, timeout_s=timeout_s, carrier=carrier)
+    device = torch.device("cpu")
+    if not options.dry:
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    mesh = init_mesh(job.Axes({AXIS: ranks}), device=device, timeout_s=TIMEOUT_S, carrier=carrier)
     told = {"check": check, "time": measure, "abort": aborted, "deadline": late}[case](
         mesh, dry=options.dry
     )
@@ -298,6 +306,8 @@ def late(mesh: Mesh, *, dry: bool) -> dict[str, Any]:
     """The last rank is busy elsewhere until the others have given up at their deadline."""
     culprit = mesh.world_size - 1
     meet(mesh)
+    # Only now: to start and to connect may take longer.
+    mesh.allow(DEADLINE_S)
     begun = time.perf_counter()
     mesh.record("busy elsewhere")
     try:

@@ -115,26 +115,30 @@ def one_model(
     options: argparse.Namespace, name: str, device: torch.device
 ) -> tuple[dict | None, str]:
     """A model's result, or why there is none; its memory is given back."""
-    own = of_model(options, name)
-    bench = Bench(own, device)
-    why = too_large(bench)
+    found, why = measured(Bench(of_model(options, name), device))
+    # Only now does nothing hold the pipeline but itself.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return found, why
+
+
+def measured(bench: Bench) -> tuple[dict | None, str]:
+    """The result of a bench's model, or why there is none."""
+    found, why = None, too_large(bench)
     if not why:
         bench.prepare()
         book = GpuBook(bench)
         if step_bench.measure(bench, book):
             found = book.result
         else:
-            why = f"the sequential run does not fit {own.budget_s:g} s"
+            why = f"the sequential run does not fit {bench.options.budget_s:g} s"
     if why:
-        bench.say(f"skipped: {name}: {why}")
+        bench.say(f"skipped: {bench.model.name}: {why}")
     for mesh in (*bench.meshes.values(), bench.world):
         mesh.close()
-    del bench
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    return (None, why) if why else (found, "")
+    return found, why
 
 
 def of_model(options: argparse.Namespace, name: str) -> argparse.Namespace:

@@ -108,6 +108,7 @@ def start(options: argparse.Namespace, environment: dict, folder: str) -> list[s
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
         "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
+        "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
         "CUDA_VISIBLE_DEVICES": "" if options.dry else "0",
         "BENCHMARK_STARTED": str(options.started),
         "BENCHMARK_FOLDER": folder,
@@ -157,7 +158,7 @@ class Bench(job.Rank):
         self.folder = Path(os.environ["BENCHMARK_FOLDER"])
         words = "gloo ranks on a CPU (dry)" if options.dry else mps_words(options.ranks)
         self.found = result.begin("train/slices", words, options.commit, tokens=options.tokens)
-        self.alone: dict[str, Run] = {}
+        self.found |= {"model": options.model, "ranks": options.ranks, "skipped": []}
         self.own_error = math.nan
 
     def recipe(self, dtype: str) -> Recipe:
@@ -174,20 +175,32 @@ class Bench(job.Rank):
     def run(self) -> None:
         for dtype in DTYPES:
             row = self.on_rank_0(lambda dtype=dtype: self.train_alone(dtype))
-            self.keep({"who": f"one device, {dtype}", **row})
+            self.keep({"who": alone(dtype), **row})
         self.own_error = self.on_rank_0(self.error_of_one)
         for name, context in plans(self.options).items():
             for dtype in DTYPES:
-                self.keep({"who": f"{name}, {dtype}", **self.train_together(context, dtype)})
-        self.found["summary"] = summary(self.found["rows"], self.own_error)
-        self.keep(None)
+                who = f"{name}, {dtype}"
+                if self.may_run(who, self.expected_s(dtype)):
+                    self.keep({"who": who, **self.train_together(context, dtype)})
+                else:
+                    self.found["skipped"].append({"who": who, "why": "past the budget"})
+        self.write()
 
-    def keep(self, row: dict[str, Any] | None) -> None:
-        if row is not None:
-            self.found["rows"].append(row)
-            self.say(f"{row['who']}: {statistics.median(row['ms']):.0f} ms, {shown(row)}")
+    def keep(self, row: dict[str, Any]) -> None:
+        self.found["rows"].append(row)
+        self.say(f"{row['who']}: {statistics.median(row['ms']):.0f} ms, {shown(row)}")
+        self.write()
+
+    def write(self) -> None:
+        self.found["summary"] = summary(self.found["rows"], self.own_error)
         if self.rank == 0:
             result.write(self.options.out, self.found)
+
+    def expected_s(self, dtype: str) -> float:
+        """Seconds of a plan: a step to load kernels, one for gradients, and those that count."""
+        one = next(r for r in self.found["rows"] if r["who"] == alone(dtype))
+        steps = self.options.steps + 2
+        return 5.0 + 1.3e-3 * steps * statistics.median(one["ms"]) / self.options.ranks
 
     # ---- one device --------------------------------------------------------------------------
 
@@ -224,12 +237,12 @@ class Bench(job.Rank):
             "carrier": carrier,
         }
         row["ranks_agree"] = all(losses == one for losses in self.collect(run.losses))
-        alone = next(r for r in self.found["rows"] if r["who"] == f"one device, {dtype}")
-        pairs = zip(run.losses, alone["losses"], strict=True)
+        one_device = next(r for r in self.found["rows"] if r["who"] == alone(dtype))
+        pairs = zip(run.losses, one_device["losses"], strict=True)
         row["loss_difference"] = max(abs(a - b) / abs(b) for a, b in pairs)
         row["gradient_error"] = self.gradient_error
         row["gradient_over_own"] = self.gradient_error / self.own_error
-        row["faster"] = statistics.median(alone["ms"]) / statistics.median(row["ms"])
+        row["faster"] = statistics.median(one_device["ms"]) / statistics.median(row["ms"])
         return row
 
     def steps(
@@ -247,6 +260,8 @@ class Bench(job.Rank):
         task = task_of(recipe)
         model = task.model()
         if self.device.type == "cuda":
+            # All ranks share one memory: what rank 0 kept from training alone is theirs too.
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         with attention_bound(model, plan, mesh):
             over = self.lone_row if mesh is self.lone else None
@@ -293,6 +308,11 @@ def plans(options: argparse.Namespace) -> dict[str, Context]:
     return {name: legal[name] for name in options.plans if name in legal}
 
 
+def alone(dtype: str) -> str:
+    """The name of the row of one device."""
+    return f"one device, {dtype}"
+
+
 def squares(parts: Sequence[torch.Tensor]) -> float:
     return sum(float(part.double().square().sum()) for part in parts)
 
@@ -316,10 +336,15 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def summary(rows: Sequence[dict[str, Any]], own: float) -> dict[str, Any]:
-    """The worst of every plan, and whether all of it is within what is allowed."""
+    """The worst of every plan, and whether all of it is within what is allowed.
+
+    Empty until a plan has run in both dtypes.
+    """
     shared = [row for row in rows if "gradient_error" in row]
     exact = [row for row in shared if row["dtype"] == "float32"]
     rounded = [row for row in shared if row["dtype"] == "bfloat16"]
+    if not exact or not rounded:
+        return {}
     worst = max(row["gradient_error"] for row in exact)
     losses = max(row["loss_difference"] for row in exact)
     ratio = max(row["gradient_over_own"] for row in rounded)
@@ -334,8 +359,9 @@ def summary(rows: Sequence[dict[str, Any]], own: float) -> dict[str, Any]:
 
 
 def mps_words(ranks: int) -> str:
+    # Under MPS a process sees the multiprocessors of its own slice.
     each = torch.cuda.get_device_properties(0).multi_processor_count
-    return f"MPS slices of one {torch.cuda.get_device_name(0)} ({ranks} x {each // ranks} SMs)"
+    return f"MPS slices of one {torch.cuda.get_device_name(0)} ({ranks} x {each} SMs)"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
