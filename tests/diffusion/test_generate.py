@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from stretto.diffusion import compare, folder
-from stretto.diffusion.generate import Job, Progress, automatic_plan, generate, guides, media_of
+from stretto.diffusion.generate import automatic_plan, generate
+from stretto.diffusion.job import Job
+from stretto.diffusion.worker import Progress, guides, media_of
 from stretto.errors import ConfigError, MissingDependency, PlanMismatch, UnsupportedPipeline
 from stretto.mesh.launch import launch
 from stretto.plan.model import Plan

@@ -26,7 +26,7 @@ from stretto.cli.screen import Screen, output
 from stretto.mesh.launch import launch, prepare
 
 if TYPE_CHECKING:
-    from stretto.diffusion.generate import Job
+    from stretto.diffusion.job import Job
 
 app = App(name="generate", help="Generate pictures, video or sound on several ranks.")
 
@@ -104,7 +104,7 @@ def _job(
 ) -> Job:
     """The job, its pipeline looked at but not loaded."""
     from stretto.diffusion.folder import check_torchvision, describe
-    from stretto.diffusion.generate import Job
+    from stretto.diffusion.job import Job
 
     check_torchvision()
     if describe(folder, subject.denoiser).is_shipped:

@@ -8,7 +8,7 @@ from typing import Any
 from stretto.cluster import detect
 from stretto.diffusion.compare import distance, rows
 from stretto.diffusion.folder import describe
-from stretto.diffusion.generate import Job, Outcome
+from stretto.diffusion.job import Job, Outcome
 from stretto.diffusion.output import staged, write_comparison, write_media, write_result
 from stretto.diffusion.provenance import load_now, provenance
 

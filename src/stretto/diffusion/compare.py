@@ -16,8 +16,9 @@ import torch
 
 from stretto.diffusion import quality
 from stretto.diffusion.clock import Clock
-from stretto.diffusion.generate import Outcome, Run, Worker, guides, step_plan, with_steps
+from stretto.diffusion.job import Outcome, Run
 from stretto.diffusion.output import Media
+from stretto.diffusion.worker import Worker, guides, step_plan, with_steps
 from stretto.errors import SplitMismatch
 from stretto.plan.model import Plan
 from stretto.plan.options import Fixed, Guidance, Parastep, Steps
