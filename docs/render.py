@@ -1,6 +1,6 @@
 """Write the pages that are not written by hand.
 
-    python docs/render.py            write docs/measured.md and docs/reference/*.md
+    python docs/render.py            write docs/measured.md, docs/measured/, docs/reference/*.md
     python docs/render.py --check    exit 1 if a page differs from what would be written
 
 Figures come only from benchmarks/results/*.json, losing rows included; the reference comes from
@@ -15,12 +15,13 @@ import io
 import json
 import os
 import re
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cyclopts import App
+from rendering import cells, targets
+from rendering.sections import SECTIONS, kind_of
 
 import stretto
 
@@ -33,14 +34,24 @@ def main(arguments: list[str]) -> int:
     """Write all pages, or compare them with what is on disk."""
     os.environ["COLUMNS"] = "100"  # before the command line is asked for its help
     stale = []
-    for name, text in pages().items():
+    made = pages()
+    for name, text in made.items():
         path = DOCS / name
         old = path.read_text(encoding="utf-8") if path.exists() else ""
         if old != text and "--check" in arguments:
             stale.append(name)
         elif old != text:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
             print(f"wrote docs/{name}")
+    # Pages of results that are gone.
+    for path in sorted((DOCS / "measured").glob("*.md")):
+        name = f"measured/{path.name}"
+        if name not in made and "--check" in arguments:
+            stale.append(name)
+        elif name not in made:
+            path.unlink()
+            print(f"removed docs/{name}")
     for name in stale:
         print(f"docs/{name} is stale: run python docs/render.py", file=sys.stderr)
     return 1 if stale else 0
@@ -48,67 +59,73 @@ def main(arguments: list[str]) -> int:
 
 def pages() -> dict[str, str]:
     """Text of every generated page, by its path below docs."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     return {
-        "measured.md": measured(results),
+        "measured.md": measured(found),
+        **{f"measured/{name}.md": whole(name, result) for name, result in found.items()},
         "reference/python.md": python_reference(),
         "reference/commands.md": command_reference(),
     }
 
 
-def measured(results: list[dict]) -> str:
-    """One section per result document; without any, the page says so."""
+def measured(results: dict[str, dict]) -> str:
+    """Every target on one line, then a section per result; without any, the page says so."""
     parts = [BY_SCRIPT, "# Measured\n"]
     if not results:
         parts.append("No result is recorded yet: `benchmarks/results/` is empty.\n")
-    for result in results:
-        parts += section(result)
+        return "\n".join(parts)
+    parts += [HEAD, *targets_table(results)]
+    for kind in SECTIONS:
+        for name, result in results.items():
+            if kind_of(result["case"]) == kind:
+                parts += section(name, result)
     return "\n".join(parts)
 
 
-def section(result: dict) -> list[str]:
-    """Where a result comes from, its summary and all its rows."""
-    versions = ", ".join(f"{k} {v}" for k, v in result.get("versions", {}).items())
-    facts = {
-        "basis": result["basis"],
-        "device": result["device"],
-        "command": f"`{result['command']}`",
-        "commit": result["commit"],
-        "versions": versions,
-        "load": result.get("load", ""),
-    }
-    lines = [f"## {result['case']}\n"]
-    lines += [f"- {name}: {cell(value)}" for name, value in facts.items() if value != ""]
-    summary = [{"summary": k, "value": v} for k, v in result.get("summary", {}).items()]
-    return [*lines, "", *table(summary), *table(result.get("rows", []))]
+HEAD = """\
+Rendered from `benchmarks/results/*.json`; how each is made stands in
+[benchmarks](../benchmarks/README.md). Ratios above 1 are gains; **bold** is a loss or a target not
+met. Several values are given as median (least to most, count). Slices share one GPU, emulated links
+one machine: such results hold for ratios within a run. Targets were set before measuring; a dash is
+a figure without one.
+"""
 
 
-def table(rows: list[dict]) -> list[str]:
-    """A Markdown table whose columns are all keys that occur, in order of appearance."""
-    if not rows:
-        return []
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    lines += ["| " + " | ".join(cell(row.get(key, "")) for key in columns) + " |" for row in rows]
-    return [*lines, ""]
+def targets_table(results: dict[str, dict]) -> list[str]:
+    """A line per target and result."""
+    rows = [
+        (what, wanted, found, "" if met is None else cells.cell(met), result_link(name))
+        for what, wanted, found, met, name in targets.lines(
+            {name: each for name, each in results.items() if each.get("complete") is not False}
+        )
+    ]
+    return cells.table(("what", "wanted", "found", "met", "result"), rows)
 
 
-def cell(value: object) -> str:
-    """A number to 4 digits; several as median, range and count."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "-"}[value]
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {cell(item)}" for key, item in value.items())
-    if isinstance(value, list) and value and all(isinstance(v, int | float) for v in value):
-        middle, low, high = statistics.median(value), min(value), max(value)
-        return f"{cell(middle)} ({cell(low)} to {cell(high)}, n = {len(value)})"
-    if isinstance(value, list):
-        return ", ".join(cell(item) for item in value)
-    return str(value).replace("|", "\\|").replace("\n", " ")
+def result_link(name: str) -> str:
+    return f"[{name}](measured/{name}.md)"
+
+
+def section(name: str, result: dict) -> list[str]:
+    """Where a result comes from, and what it says in short; all figures of one that was cut off."""
+    write = SECTIONS[kind_of(result["case"])]
+    lines = [f"## {result['case']}: {result_link(name)}\n", *cells.facts(result), ""]
+    if result.get("complete") is False:
+        write, lines = cells.figures, [*lines, "**Cut off: the rows so far.**", ""]
+    return [*lines, *write(result)]
+
+
+def whole(name: str, result: dict) -> str:
+    """The page of a result: all figures, all rows, all notes."""
+    parts = [
+        BY_SCRIPT,
+        f"# {name}\n",
+        f"{result['case']}, in short on [measured](../measured.md).\n",
+    ]
+    parts += [*cells.facts(result), ""]
+    parts += [f"- {note}" for note in result.get("notes", [])]
+    parts += ["", *cells.figures(result), *cells.all_rows(result.get("rows", []))]
+    return "\n".join(parts)
 
 
 def python_reference() -> str:

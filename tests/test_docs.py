@@ -18,7 +18,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 
 @pytest.fixture(scope="module")
 def render():
-    """docs/render.py as a module; it is a script and belongs to no package."""
+    """docs/render.py as a module; it is a script, whose folder python puts on the path."""
+    sys.path.insert(0, str(ROOT / "docs"))
     spec = importlib.util.spec_from_file_location("render", ROOT / "docs/render.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -77,15 +78,73 @@ def test_tree_of_the_readme_exists():
 
 
 def test_a_result_is_rendered_with_its_basis_and_all_rows(render):
-    page = render.measured([json.loads(RESULT)])
-    assert "- basis: measured" in page
-    assert "| ours | 4.11 (4.09 to 4.15, n = 3) | 50331648 |" in page
-    assert "| peer 1.2 | 5.045 (5.02 to 5.07, n = 2) |  |" in page
-    assert "| bytes_match | yes |" in page
+    result = json.loads(RESULT)
+    page, whole = render.measured({"ring-4": result}), render.whole("ring-4", result)
+    for text in (page, whole):
+        assert "- basis: measured" in text
+        assert "| bytes_match | yes |" in text
+    assert "[ring-4](measured/ring-4.md)" in page
+    assert "| ours | 4.11 (4.09 to 4.15, n = 3) | 50331648 |" in whole
+    assert "| peer 1.2 | 5.045 (5.02 to 5.07, n = 2) |" in whole
+
+
+def test_a_result_that_was_cut_off_says_so_and_meets_no_target(render):
+    page = render.measured({"ring-4": json.loads(RESULT) | {"complete": False}})
+    assert "Cut off" in page
+    assert "Bytes counted = declared" not in page
+
+
+def test_every_target_belongs_to_results_that_have_a_section(render):
+    assert {target.case for target in render.targets.TARGETS} <= set(render.SECTIONS)
+
+
+def test_a_result_without_a_section_is_an_error(render):
+    with pytest.raises(KeyError, match="no section for results of 'weather/today'"):
+        render.kind_of("weather/today")
+    assert render.kind_of("diffusion/steps-slices/svd") == "diffusion/steps-slices"
+    assert render.kind_of("attention/gpus") == "attention/gpus"
+
+
+def found(render, result):
+    """What is said of each target that a result speaks of, and whether it is met."""
+    return {what: met for what, _, _, met, _ in render.targets.lines({"x": result})}
+
+
+def test_a_target_is_met_or_not(render):
+    result = json.loads(RESULT)
+    assert found(render, result) == {"Bytes counted = declared": True}
+    summary = {"bytes_match": False, "max_err_fp64": 2e-12, "ring_over_best_bytes_p64": 10.7}
+    assert found(render, result | {"summary": summary}) == {
+        "Error in float64": False,
+        "Bytes counted = declared": False,
+        "Ring over the best plan, bytes, 64 ranks": True,
+    }
+
+
+def test_losing_to_plain_steps_is_not_met(render):
+    point = {"steps": 50, "shift": 3.0, "degree": 8, "depth": 8, "ceiling": 6.2, "tail": 30.0}
+    case = {"case": "diffusion/steps-fidelity", "summary": {"equal_depth_psnr_db": [point]}}
+    point |= {"parastep": 29.0, "fewer steps": 28.0, "fewer steps, UniPCMultistep": 29.9}
+    assert list(found(render, case).values()) == [True]
+    point["fewer steps, UniPCMultistep"] = 30.1
+    assert list(found(render, case).values()) == [False]
+
+
+def test_numbers_keep_their_spread_and_losses_stand_out(render):
+    cells = render.cells
+    assert cells.cell({"median": 2.0, "low": 1.0, "high": 3.0, "all": [1.0, 2.0, 3.0]}) == (
+        "2 (1 to 3, n = 3)"
+    )
+    assert cells.cell([1, 8, 8]) == "1 8 8"
+    assert cells.cell([0.5]) == "0.5 (n = 1)"
+    assert cells.cell([]) == ""
+    assert cells.times(1.004) == "1.00x"
+    assert cells.times(0.5) == "**0.50x**"
+    assert cells.table(("a",), []) == []
 
 
 def test_without_results_the_page_says_so(render):
-    assert "No result is recorded yet" in render.measured([])
+    assert "No result is recorded yet" in render.measured({})
 
 
 def test_a_stale_page_is_noticed(render, monkeypatch, tmp_path, capsys):
@@ -95,6 +154,17 @@ def test_a_stale_page_is_noticed(render, monkeypatch, tmp_path, capsys):
     assert "docs/measured.md is stale" in capsys.readouterr().err
     assert render.main([]) == 0
     assert render.main(["--check"]) == 0
+
+
+def test_the_page_of_a_result_that_is_gone_is_removed(render, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(render, "DOCS", tmp_path)
+    monkeypatch.setattr(render, "pages", lambda: {"measured/new.md": "new"})
+    (tmp_path / "measured").mkdir()
+    (tmp_path / "measured/old.md").write_text("old")
+    assert render.main(["--check"]) == 1
+    assert "docs/measured/old.md is stale" in capsys.readouterr().err
+    assert render.main([]) == 0
+    assert [path.name for path in (tmp_path / "measured").iterdir()] == ["new.md"]
 
 
 RESULT = """

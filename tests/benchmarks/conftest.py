@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks"
 
 sys.path.insert(0, str(FOLDER))
+sys.path.insert(0, str(ROOT / "docs"))
 
 
 @pytest.fixture
@@ -32,10 +33,14 @@ def dry(tmp_path):
 
 
 def check_format(result):
-    """The keys of result/1 that every benchmark writes."""
+    """The keys of result/1 that every benchmark writes, and that docs can say what it found."""
+    from rendering import sections, targets
+
     assert result["stretto"] == "result/1"
     assert result["basis"] == "measured"
     for key in ("case", "device", "command", "commit", "versions", "load", "rows", "summary"):
         assert key in result, key
     for row in result["rows"]:
         assert {"who", "ms"} <= row.keys()
+    assert sections.SECTIONS[sections.kind_of(result["case"])](result)
+    list(targets.lines({"dry": result}))
