@@ -14,6 +14,7 @@ deadline, with an error that names the killed rank. `--dry` runs on the CPU over
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import itertools
 import json
 import os
@@ -46,8 +47,10 @@ WORKS = ("attention", "train", "weights")
 TIMEOUT_S = 30.0
 #: Rounds before the death: kernels are loaded and communicators made.
 ROUNDS = 3
+#: Seconds beyond the deadline, counted from the start, after which a rank shows where it is.
+SHOW_AFTER_S = 25.0
 #: What the parent waits for a case from its start: imports, kernels, the deadline.
-LIMIT_S = 120.0
+LIMIT_S = 75.0
 
 
 # ---- the parent ----------------------------------------------------------------------------------
@@ -185,6 +188,8 @@ def line(row: dict) -> str:
 def rank_main(options: argparse.Namespace) -> int:
     """Work until the victim dies; write down the error, and end with code 3."""
     torch.set_num_threads(1)
+    # A survivor that does not end says where it is.
+    faulthandler.dump_traceback_later(TIMEOUT_S + SHOW_AFTER_S)
     (carrier,), (work,) = options.carriers, options.works
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device, context = job.local_device(options.dry), Context(ring=ranks)

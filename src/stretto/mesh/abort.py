@@ -26,6 +26,8 @@ from stretto.mesh.alive import Living
 
 #: Seconds between two looks at the abort record.
 LOOK_S = 0.5
+#: Seconds that the ends of all waits are given before the thread goes on.
+END_S = 10.0
 #: A message that nobody sends.
 _NEVER_SENT = 2**20
 
@@ -216,10 +218,14 @@ class Watch:
             self._head_since = time.monotonic()
 
     def _end_waits(self) -> None:
+        """All at once: freeing one NCCL communicator waits for the kernels of the others."""
         with self._lock:
             enders, self.enders = self.enders, []
-        for end in enders:
-            end()
+        threads = [threading.Thread(target=end, name="mesh-end", daemon=True) for end in enders]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(END_S)
 
 
 def end_waits(group: dist.ProcessGroup) -> None:
