@@ -50,7 +50,13 @@ def peers(result: Result) -> list[str]:
         )
         for name, ratio in told["gradients_over_peer"].items()
     ]
-    return table(("beside", "bytes of dK, dV", "bytes of backward", "error"), rows)
+    columns = ("ranks", "heads", "who", "forward_blocks", "gradients_blocks", "backward_blocks")
+    blocks = [[row[name] for name in columns] for row in result["rows"] if row["forward_bytes"]]
+    names = ("ours beside", "bytes of dK, dV", "bytes of backward", "error")
+    return [
+        *table(names, rows),
+        *folded("Blocks that a rank sends", table([c.replace("_", " ") for c in columns], blocks)),
+    ]
 
 
 def gpus(result: Result) -> list[str]:

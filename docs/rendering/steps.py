@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rendering.cells import cell, folded, percent, spread, table, times
@@ -157,37 +158,37 @@ def _signed(value: dict[str, Any]) -> str:
 
 def fidelity(result: Result) -> list[str]:
     """At equal depth: ours, the published schedule, and the best that fewer plain steps give."""
-    rows = []
-    for each in result["summary"]["equal_depth_psnr_db"]:
-        plain = best_plain(each)
-        ours, theirs = each["tail"], each.get("parastep")
-        rows.append(
-            (
-                each["steps"],
-                each["shift"],
-                each["degree"],
-                each["depth"],
-                times(each["ceiling"]),
-                _db(ours),
-                "-" if theirs is None else _db(theirs),
-                "-" if plain is None else _db(plain),
-                None if theirs is None else ours >= theirs,
-                None if plain is None else ours >= plain,
-            )
-        )
     columns = ("N", "shift", "p", "depth", "ceiling", "tail", "published", "best plain steps")
-    points = table((*columns, "ours >= published", "ours >= plain"), rows)
+    points = table(
+        (*columns, "ours >= published", "ours >= plain"),
+        map(_point, result["summary"]["equal_depth_psnr_db"]),
+    )
     trained = result["training"]
     return [
         f"DiT of {trained['parameters'] / 1e6:.0f} M parameters, trained for "
         f"{trained['seconds']} s. PSNR against the sequential result of as many steps; best plain "
         "steps: the best of three solvers that make as many evaluations on one device.",
         "",
-        *folded(f"All {len(rows)} points of equal depth", points),
+        *folded("All points of equal depth", points),
     ]
 
 
-def best_plain(each: Result) -> float | None:
-    """The best of the solvers that make as many evaluations on one device."""
-    found = [value for name, value in each.items() if name.startswith("fewer steps") and value]
-    return max(found, default=None)
+def _point(each: Result) -> tuple[object, ...]:
+    ours, *others = levels(each)
+    return (
+        *(each[key] for key in ("steps", "shift", "degree", "depth")),
+        times(each["ceiling"]),
+        _db(ours),
+        *("-" if other is None else _db(other) for other in others),
+        *(None if other is None else ours >= other for other in others),
+    )
+
+
+def levels(each: Result) -> tuple[float, float | None, float | None]:
+    """dB of the tail, the published schedule and the best plain solver at one depth.
+
+    Infinite where the bits are equal, which a result writes as null; None where it was not run.
+    """
+    found = {who: math.inf if each[who] is None else each[who] for who in each}
+    plain = [value for who, value in found.items() if who.startswith("fewer steps")]
+    return found["tail"], found.get("parastep"), max(plain, default=None)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from rendering.cells import cell
 from rendering.sections import kind_of
-from rendering.steps import best_plain
+from rendering.steps import levels
 
 Result = dict[str, Any]
 #: What was found, and whether that is what was to be shown; None for a figure without a target.
@@ -147,10 +147,9 @@ def overhead(kind: str) -> Callable[[Result], Found | None]:
 
 def at_equal_depth(result: Result) -> Found | None:
     """At how many points the tail is at least the published schedule and plain steps."""
-    points = result["summary"]["equal_depth_psnr_db"]
-    theirs = [each["tail"] >= each["parastep"] for each in points if "parastep" in each]
-    beside = [(each["tail"], best_plain(each)) for each in points]
-    plain = [ours >= other for ours, other in beside if other is not None]
+    points = [levels(each) for each in result["summary"]["equal_depth_psnr_db"]]
+    theirs = [ours >= other for ours, other, _ in points if other is not None]
+    plain = [ours >= other for ours, _, other in points if other is not None]
     if not theirs:
         return None
     words = f"published: at {sum(theirs)} of {len(theirs)} points"

@@ -28,14 +28,13 @@ from stretto.bench.attention_exact import (
     same_bits,
 )
 from stretto.bench.attention_table import byte_rows
+from stretto.bench.result import Keep, Say
 from stretto.cluster.detect import usable_cores
 from stretto.errors import StrettoError
 from stretto.plan.context import legal_ulysses
 from stretto.plan.ranges import Mask
 from stretto.testing.ranks import PRELOAD, run_ranks
 
-Say = Callable[..., None]
-Keep = Callable[[dict[str, Any]], None]
 Row = dict[str, Any]
 
 #: Seconds one start of gloo ranks may take, and between two writes of the file.

@@ -7,13 +7,14 @@ A case is exact, refused with the reason, or wrong; there is no fourth. The chec
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from stretto.bench import result as document
+from stretto.bench.result import Say
 from stretto.errors import ConfigError, StrettoError, UnsupportedPipeline
 from stretto.plan.model import Plan
 from stretto.plan.options import Steps
@@ -30,8 +31,6 @@ from stretto.testing.exactness import (
 )
 from stretto.testing.models import Case
 from stretto.testing.ranks import run_ranks
-
-Say = Callable[[str, int, int], None]
 
 #: Guidance in cut batches: the same sums in other matrix shapes, float32 (design brief, O9).
 CUT_ERROR = 1e-5

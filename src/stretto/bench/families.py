@@ -12,19 +12,18 @@ import difflib
 import json
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from stretto.bench import result as document
+from stretto.bench.result import Keep, Say
 from stretto.errors import ConfigError, LaunchError, RankLost
 from stretto.plan.context import Context
 from stretto.testing import families, support
 from stretto.testing.ranks import run_ranks
-
-Say = Callable[[str, int, int], None]
 
 VERDICTS = ("equal", "refused", "not built", "wrong", "failed")
 #: Longest silence between two ranks of one family, and the longest walk.
@@ -58,7 +57,7 @@ def run(
     *,
     ranks: int = 2,
     say: Say | None = None,
-    keep: Callable[[dict[str, Any]], None] | None = None,
+    keep: Keep | None = None,
 ) -> dict[str, Any]:
     """Examine the named families (all by default) on `ranks` gloo ranks; the document result/1.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,12 @@ from stretto.cluster import detect
 from stretto.diffusion.output import write_result
 from stretto.diffusion.provenance import load_now, provenance
 from stretto.errors import ConfigError
+from stretto.mesh.launch import OnNote
+
+#: Hears what is under way: a stage and, where known, how many of how many.
+Say = Callable[..., None]
+#: Gets the whole document whenever more of it is known.
+Keep = Callable[[dict[str, Any]], None]
 
 
 def begin(case: str, device: str, **more: Any) -> dict[str, Any]:
@@ -52,6 +58,18 @@ def write(file: Path, result: dict[str, Any]) -> None:
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
+
+
+def following(say: Say | None) -> OnNote | None:
+    """Tells `say` what rank 0 notes; nothing to tell without `say`."""
+    if say is None:
+        return None
+
+    def on_note(rank: int, note: dict[str, Any]) -> None:
+        if rank == 0:
+            say(note["stage"], note.get("done") or 0, note.get("total") or 0)
+
+    return on_note
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

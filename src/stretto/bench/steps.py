@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from stretto.bench import fidelity, speed
 from stretto.bench import result as document
 from stretto.bench.fidelity import Setting
+from stretto.bench.result import Keep, Say
 from stretto.bench.speed import Race
 from stretto.diffusion.provenance import load_now
-from stretto.mesh.launch import OnNote
-
-Say = Callable[..., None]
-#: Gets the whole document whenever more of it is known.
-Keep = Callable[[dict[str, Any]], None]
 
 #: Keys of the summary, by the row that they come from.
 _FIDELITY = {
@@ -60,7 +56,7 @@ def run(
     First what is timed, alone on the machine; then fidelity, whose rows `keep` gets one by one.
     """
     race = replace(size.race, repeats=repeats)
-    on_note, keep = _following(say), keep or (lambda found: None)
+    on_note, keep = document.following(say), keep or (lambda found: None)
     device = f"2 ranks of 1 thread, {document.cpu_name()}"
     found = document.begin("diffusion/steps", device, repeats=repeats, notes=list(_NOTES))
     began = time.perf_counter()
@@ -147,13 +143,3 @@ def _by_task(
             name = f"p{row['degree']}"
             of_model[name] = max(row[key], of_model.get(name, row[key]))
     return found
-
-
-def _following(say: Say | None) -> OnNote | None:
-    if say is None:
-        return None
-
-    def on_note(rank: int, note: dict[str, Any]) -> None:
-        say(note["stage"], note.get("done") or 0, note.get("total") or 0)
-
-    return on_note

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stretto.bench import result as document
 from stretto.bench import train_runs, train_speed
-from stretto.mesh.launch import OnNote
+from stretto.bench.result import Keep, Say
 from stretto.train.recipe import Recipe
-
-Say = Callable[..., None]
-Keep = Callable[[dict[str, Any]], None]
 
 _NOTES = (
     "losses: largest relative difference from one rank on the same samples, float64, of any step; "
@@ -49,19 +46,19 @@ QUICK = Size(
 
 def run(size: Size, *, say: Say | None = None, keep: Keep | None = None) -> dict[str, Any]:
     """The document result/1: rows of three parts and the summary. `keep` gets it on the way."""
-    on_note = _following(say)
+    on_note, keep = document.following(say), keep or (lambda _: None)
     device = f"up to {max(size.ranks)} ranks of 1 thread, {document.cpu_name()}"
     found = document.begin("train", device, notes=list(_NOTES))
     # The timed part first: the others heat the machine, and its load is that of the start.
     timed = train_speed.rows(size.race, size.rounds, on_note)
     found["rows"] += timed
     found["summary"] |= train_speed.summary(timed)
-    _keep(keep, found)
+    keep(found)
     with tempfile.TemporaryDirectory(prefix="stretto-bench-") as folder:
         lost = train_runs.lost_rank(Path(folder), size.killed_steps, on_note)
     found["rows"].append(lost)
     found["summary"] |= _lost_summary(lost)
-    _keep(keep, found)
+    keep(found)
     exact = train_runs.exact_rows(train_runs.cases(size.steps, size.ranks), on_note)
     found["rows"] += exact
     found["summary"] |= _exact_summary(exact)
@@ -91,19 +88,3 @@ def is_right(summary: dict[str, Any]) -> bool:
     """Whether all is as it must be but the speed, which depends on who else uses the cores."""
     names = ("losses_within_1e_9", "killed_rank_named", "resume_bitwise")
     return all(summary[name] for name in names)
-
-
-def _keep(keep: Keep | None, found: dict[str, Any]) -> None:
-    if keep is not None:
-        keep(found)
-
-
-def _following(say: Say | None) -> OnNote | None:
-    if say is None:
-        return None
-
-    def on_note(rank: int, note: dict[str, Any]) -> None:
-        if rank == 0:
-            say(note["stage"], note.get("done") or 0, note.get("total") or 0)
-
-    return on_note

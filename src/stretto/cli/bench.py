@@ -6,7 +6,8 @@ import contextlib
 import json as jsonlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,9 +47,7 @@ def bench_exactness(
     """
     from stretto.bench import exactness
 
-    with _measuring(out, json) as say:
-        result = exactness.run(only or (), ranks=ranks, say=say)
-    _finish(result, out, json)
+    result = _measured(partial(exactness.run, only or (), ranks=ranks), out, json)
     return 1 if result["summary"]["wrong"] else 0
 
 
@@ -77,17 +76,9 @@ def bench_steps(
         Print the result as JSON.
     """
     from stretto.bench import steps
-    from stretto.bench.result import write
-
-    def keep(found: dict[str, Any]) -> None:
-        # A disk that is full for a moment ends no measurement; the last write raises.
-        with contextlib.suppress(ConfigError):
-            write(out, found)
 
     size = steps.QUICK if quick else steps.FULL
-    with _measuring(out, json) as say:
-        result = steps.run(size, repeats=repeats, say=say, keep=keep)
-    _finish(result, out, json)
+    _measured(partial(steps.run, size, repeats=repeats, keep=_keeping(out)), out, json)
     return 0
 
 
@@ -113,17 +104,9 @@ def bench_attention(
         Print the result as JSON.
     """
     from stretto.bench import attention
-    from stretto.bench.result import write
-
-    def keep(found: dict[str, Any]) -> None:
-        # A disk that is full for a moment ends no measurement; the last write raises.
-        with contextlib.suppress(ConfigError):
-            write(out, found)
 
     size = attention.QUICK if quick else attention.FULL
-    with _measuring(out, json) as say:
-        result = attention.run(size, say=say, keep=keep)
-    _finish(result, out, json)
+    result = _measured(partial(attention.run, size, keep=_keeping(out)), out, json)
     return 1 if result["summary"]["wrong"] else 0
 
 
@@ -199,16 +182,9 @@ def bench_families(
         Print the result as JSON.
     """
     from stretto.bench import families
-    from stretto.bench.result import write
 
-    def keep(found: dict[str, Any]) -> None:
-        # A disk that is full for a moment ends no measurement; the last write raises.
-        with contextlib.suppress(ConfigError):
-            write(out, found)
-
-    with _measuring(out, json) as say:
-        result = families.run(only or (), ranks=ranks, say=say, keep=keep)
-    _finish(result, out, json)
+    work = partial(families.run, only or (), ranks=ranks, keep=_keeping(out))
+    result = _measured(work, out, json)
     return 1 if result["summary"]["wrong"] or result["summary"]["failed"] else 0
 
 
@@ -234,6 +210,22 @@ def bench_train(
         Print the result as JSON.
     """
     from stretto.bench import train
+
+    size = train.QUICK if quick else train.FULL
+    result = _measured(partial(train.run, size, keep=_keeping(out)), out, json)
+    return 0 if train.is_right(result["summary"]) else 1
+
+
+def _measured(work: Callable[..., dict[str, Any]], out: Path, json: bool) -> dict[str, Any]:
+    """The result of `work(say=...)`, written and shown."""
+    with _measuring(out, json) as say:
+        result = work(say=say)
+    _finish(result, out, json)
+    return result
+
+
+def _keeping(out: Path) -> Callable[[dict[str, Any]], None]:
+    """Writes what there is of a result while it grows."""
     from stretto.bench.result import write
 
     def keep(found: dict[str, Any]) -> None:
@@ -241,10 +233,7 @@ def bench_train(
         with contextlib.suppress(ConfigError):
             write(out, found)
 
-    with _measuring(out, json) as say:
-        result = train.run(train.QUICK if quick else train.FULL, say=say, keep=keep)
-    _finish(result, out, json)
-    return 0 if train.is_right(result["summary"]) else 1
+    return keep
 
 
 @contextlib.contextmanager
