@@ -171,8 +171,11 @@ class DeviceBoard:
                 self._handle.get_buffer(rank, (num_bytes,), torch.uint8)
                 for rank in range(self.size)
             ]
-            pad = self._handle.get_signal_pad(self.rank, (self.size * PADS,), torch.int32)
-            self._pad: torch.Tensor = pad
+            # (signal, writer): what each rank's kernels wait for, and who sets it.
+            self._pads = [
+                self._handle.get_signal_pad(rank, (PADS, self.size), torch.int32)
+                for rank in range(self.size)
+            ]
             self._lanes = [
                 [torch.cuda.Stream(device, priority=-1) for _ in LANES] for _ in range(CHANNELS)
             ]
@@ -181,7 +184,7 @@ class DeviceBoard:
 
     def _warm_up(self) -> None:
         """Load what waits and what releases: a kernel that loads behind a waiting one hangs."""
-        torch.zeros(self._pad.numel(), dtype=torch.int32, device=self.device).fill_(1)
+        self._free(list(torch.zeros(2, PADS, self.size, dtype=torch.int32, device=self.device)), 0)
         torch.cuda.synchronize(self.device)
         self.put((self.rank + 1) % self.size, PADS - 1)
         self.wait((self.rank - 1) % self.size, PADS - 1)
@@ -216,8 +219,18 @@ class DeviceBoard:
         deadline = time.monotonic() + _RELEASE_S
         with torch.cuda.stream(self._rescue):
             while time.monotonic() < deadline and not self._idle():
-                self._pad.fill_(1)
+                self._free(self._pads, self.rank)
                 self._rescue.synchronize()
+
+    def _free(self, pads: list[torch.Tensor], own: int) -> None:
+        """Set every signal that this rank waits for, clear every one that it is about to set.
+
+        Setting waits as well, until the reader has cleared what was set before; a dead one never
+        does.
+        """
+        pads[own].fill_(1)
+        for pad in (*pads[:own], *pads[own + 1 :]):
+            pad[:, own].fill_(0)
 
     def _idle(self) -> bool:
         return all(stream.query() for lanes in self._lanes for stream in lanes)
