@@ -16,6 +16,11 @@ from torch import Tensor
 Check = Callable[[Tensor], None]
 
 
+def on_device(host: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`; from pageable memory the host would wait for a GPU."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
 class Deferred:
     """Checks in the order they were asked for. On the CPU each is made at once.
 

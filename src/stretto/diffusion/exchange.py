@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stretto.diffusion.deferred import Deferred
+from stretto.diffusion.deferred import Deferred, on_device
 from stretto.diffusion.denoise import tensors_of
 from stretto.errors import NonFinite, RanksDisagree
 from stretto.mesh.mesh import Mesh
@@ -89,17 +90,18 @@ def check_finite(
     `predictions` are those of the steps from `start` on, each of its own step rank; or of `rank`.
     """
 
-    def check(finite: Tensor) -> None:
-        for position, is_finite in enumerate(finite.tolist()):
-            if not is_finite:
+    def check(largest: Tensor) -> None:
+        for position, value in enumerate(largest.tolist()):
+            if not math.isfinite(value):
                 whose = position if rank is None else rank
                 raise NonFinite(
                     f"step rank {whose}: the prediction of step {start + position} holds NaN or "
                     "infinity; use a wider dtype (bfloat16 or float32) or a smaller guidance scale"
                 )
 
-    finite = torch.isfinite(torch.stack(list(predictions)))
-    deferred.check(finite.flatten(1).all(1), check)
+    stacked = torch.stack([prediction.detach() for prediction in predictions]).flatten(1)
+    # The largest magnitude is NaN or infinite where any is, and is found in one pass.
+    deferred.check(torch.linalg.vector_norm(stacked, math.inf, dim=1), check)
 
 
 def digest(*tensors: Tensor) -> bytes:
@@ -124,10 +126,7 @@ def _packed(guided: Tensor, header: Header) -> Tensor:
     )
     head = (fixed + struct.pack(f"<{_MAX_DIMS}Q", *dims)).ljust(HEADER_BYTES, b"\0")
     head_tensor = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-    if guided.device.type == "cuda":
-        # From pageable memory the host would wait for the device.
-        head_tensor = head_tensor.pin_memory().to(guided.device, non_blocking=True)
-    return torch.cat([head_tensor, _raw(guided)])
+    return torch.cat([on_device(head_tensor, guided.device), _raw(guided)])
 
 
 def _read_header(read: Tensor) -> Header:
@@ -153,8 +152,10 @@ def _unpacked(message: Tensor, like: Tensor) -> Tensor:
 
 
 def _raw(tensor: Tensor) -> Tensor:
-    # A clone has stride 1 even where one expanded element passes for contiguous.
-    return tensor.detach().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    flat = tensor.detach().flatten()
+    # One expanded element passes for contiguous, but its stride is not 1.
+    flat = flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
 
 def _check(headers: list[Header], own: Header, rank: int) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import difflib
 import math
+from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from stretto.diffusion.deferred import on_device
 from stretto.errors import ConfigError
 from stretto.plan.options import PREDICTORS
 
@@ -71,17 +73,18 @@ class Extrapolation:
         self._known: list[tuple[float, Tensor]] = []
         self._line: _Line | None = None
         self._base: _Line | None = None
-        self._past_base = 0
         self._num_appended = 0
-        self._fits: dict[int, Tensor] = {}
-        self._unsolved: dict[int, Tensor] = {}
+        #: Fitted damping of horizons 1, 2, ...: one tensor, so that a window refits it as a whole.
+        self._fits: Tensor | None = None
+        #: What followed the base in this window, horizon by horizon.
+        self._followed: list[tuple[float, Tensor]] = []
 
     @property
     def damping(self) -> dict[int, float]:
         """Damping in force per horizon, stored or fitted so far (waits for the device)."""
         if self._stored is not None:
             return dict(enumerate(self._stored, start=1))
-        return {horizon: float(fit) for horizon, fit in sorted(self._fits.items())}
+        return {} if self._fits is None else dict(enumerate(self._fits.tolist(), start=1))
 
     def append(self, s: float, g: Tensor) -> None:
         """Take the next true guided prediction, any shape and floating dtype, at noise s.
@@ -90,16 +93,16 @@ class Extrapolation:
         belongs to the truer latents, and extrapolation divides by differences of s.
         """
         self._num_appended += 1
-        self._past_base += 1
-        if self._is_fitted and self._base is not None:
-            self._unsolved[self._past_base] = self._base.slope_to(s, g)
+        if self._base is not None:
+            self._followed.append((s, g))
         others = [entry for entry in self._known if entry[0] != s]
         self._known = [*others, (s, g)][-(self._order + 1) :]
         self._line = None
-        if self._is_fitted and self._base is None:
+        if self._base is None:
             # Too early to fit from what preceded the window: fit from its own first predictions.
             self._rebase()
 
+    @torch.no_grad()
     def close_window(self, start: int, size: int) -> None:
         """Note that steps start .. start + size - 1 have been appended: the next fit starts here.
 
@@ -108,9 +111,11 @@ class Extrapolation:
         assert self._num_appended == start + size, (
             f"window {start}+{size} closes, but {self._num_appended} predictions were appended"
         )
-        self._solve()
+        if self._base is not None and self._followed:
+            self._fits = _refitted(self._fits, self._base.slopes_to(self._followed))
         self._rebase()
 
+    @torch.no_grad()
     def guess(self, s: float, horizon: int, *, own_output: Tensor | None = None) -> Tensor:
         """Guess of the prediction `horizon` >= 1 steps after the last known one, at noise s.
 
@@ -119,18 +124,16 @@ class Extrapolation:
         Raises ConfigError if the stored damping ends before `horizon`.
         """
         assert self._known, "the first step of a run is exact: nothing is known to guess from"
-        last = self._known[-1][1]
         if len(self._known) == 1:
-            return last
-        line = self._current()
-        change = line.change(s)
-        if self._stored is not None or self._is_fitted:
-            change = change * self._damping_at(horizon)
-        return (line.last + change).to(last.dtype)
+            return self._known[-1][1]
+        return self._current().at(s, self._damping_at(horizon))
 
     def _damping_at(self, horizon: int) -> Tensor | float:
+        if self._is_fitted:
+            is_known = self._fits is not None and horizon <= len(self._fits)
+            return self._fits[horizon - 1] if is_known else _UNFITTED
         if self._stored is None:
-            return self._fits.get(horizon, _UNFITTED)
+            return 1.0
         if horizon > len(self._stored):
             raise ConfigError(
                 f"stored damping has {len(self._stored)} horizons, a window asks for {horizon}\n"
@@ -146,56 +149,72 @@ class Extrapolation:
         return self._line
 
     def _rebase(self) -> None:
-        self._past_base = 0
+        self._followed = []
         self._base = self._current() if self._is_fitted and len(self._known) == 2 else None
 
-    def _solve(self) -> None:
-        """Least squares for b in g = last + b * change, all horizons of a window in one go.
 
-        No branch on a device value: it would wait for the device.
-        """
-        if not self._unsolved:
-            return
-        slopes = torch.stack(list(self._unsolved.values()))
-        # Filled on the device: a value copied from the host would wait for the device first.
-        unfitted = slopes.new_full((), _UNFITTED)
-        earlier = torch.stack([self._fits.get(h, unfitted) for h in self._unsolved])
-        # 0 / 0 where the base does not change: nothing is learned, what was fitted before stays.
-        fits = torch.where(slopes.isfinite(), slopes.clamp(0, 1), earlier)
-        self._fits.update(zip(self._unsolved, fits.unbind(), strict=True))
-        self._unsolved = {}
+def _refitted(earlier: Tensor | None, slopes: Tensor) -> Tensor:
+    """Damping per horizon after a window that reached the first len(slopes) of them.
+
+    No branch on a device value: it would wait for the device.
+    """
+    reached, known = len(slopes), 0 if earlier is None else len(earlier)
+    if known < reached:
+        unfitted = slopes.new_full((reached - known,), _UNFITTED)
+        earlier = unfitted if earlier is None else torch.cat([earlier, unfitted])
+    # 0 / 0 where the base does not change: nothing is learned, what was fitted before stays.
+    fits = torch.where(slopes.isnan(), earlier[:reached], slopes.clamp(0, 1))
+    return fits if reached >= known else torch.cat([fits, earlier[reached:]])
 
 
 class _Line:
     """Polynomial through predictions with distinct abscissas, as changes from the newest.
 
     Lagrange weights sum to 1, so differences from the newest prediction carry all of it and a
-    constant is reproduced bitwise. Sums are float32 (float64 for float64).
+    constant is reproduced bitwise. Sums are float32 (float64 for float64); operands of mixed
+    dtypes are promoted inside one kernel, where a conversion beforehand would be one more.
     """
 
     def __init__(self, known: Sequence[tuple[float, Tensor]]):
-        dtype = torch.promote_types(known[-1][1].dtype, torch.float32)
-        self.last = known[-1][1].to(dtype)
-        self._abscissas = [s for s, _ in known]
-        self._differences = [g.to(dtype) - self.last for _, g in known[:-1]]
-        self._square: Tensor | None = None
+        self._known = tuple(known)
+        self._newest = known[-1][1]
+        self._wide = torch.promote_types(self._newest.dtype, torch.float32)
+        self._last = self._newest.to(self._wide)
+        with torch.no_grad():
+            self._differences = [g - self._last for _, g in known[:-1]]
 
-    def change(self, s: float) -> Tensor:
-        """The polynomial at s, less the newest prediction."""
-        parts = [d * self._weight(i, s) for i, d in enumerate(self._differences)]
-        return sum(parts[1:], parts[0])
+    def at(self, s: float, damping: Tensor | float) -> Tensor:
+        """Newest prediction plus the damped change to s, in the predictions' dtype."""
+        if not self._differences:
+            return self._newest
+        found, final = self._newest, len(self._differences) - 1
+        for i, difference in enumerate(self._differences):
+            dtype = self._newest.dtype if i == final else self._wide
+            out = torch.empty_like(self._newest, dtype=dtype)
+            weight = self._weight(i, s)
+            if isinstance(damping, Tensor):
+                found = torch.addcmul(found, difference, damping, value=weight, out=out)
+            else:
+                found = torch.add(found, difference, alpha=weight * damping, out=out)
+        return found
 
-    def slope_to(self, s: float, g: Tensor) -> Tensor:
-        """b of least squares in g = last + b * change(s), for a straight line; a device scalar."""
+    def slopes_to(self, followed: Sequence[tuple[float, Tensor]]) -> Tensor:
+        """b of least squares in g = last + b * change(s), for a straight line and each (s, g).
+
+        All at once: a window's handful of operations each on its own would cost more than the sums.
+        """
         (difference,) = self._differences
-        if self._square is None:
-            self._square = (difference * difference).sum()
-        along = (difference * (g.to(self.last.dtype) - self.last)).sum()
-        return along / (self._square * self._weight(0, s))
+        first = self._known[0][1]
+        changes = torch.stack([first, *(g for _, g in followed)]) - self._last
+        sums = (changes * difference).flatten(1).sum(1)
+        code = "d" if self._wide == torch.float64 else "f"
+        weights = array(code, [self._weight(0, s) for s, _ in followed])
+        weights = torch.frombuffer(weights, dtype=self._wide)
+        return sums[1:] / (sums[0] * on_device(weights, sums.device))
 
     def _weight(self, index: int, s: float) -> float:
-        own = self._abscissas[index]
-        others = [other for at, other in enumerate(self._abscissas) if at != index]
+        own = self._known[index][0]
+        others = [at for k, (at, _) in enumerate(self._known) if k != index]
         return math.prod((s - other) / (own - other) for other in others)
 
 
