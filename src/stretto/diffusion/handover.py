@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stretto.diffusion.randomness import Randomness
-from stretto.diffusion.scheduler import StepCall, extras_of, sample_of
+from stretto.diffusion.scheduler import StepCall, extras_of, sample_of, version_of
 
 
 class Handover:
@@ -23,7 +23,7 @@ class Handover:
     def leave(self, result: Any) -> None:
         """A step returned `result`; from here on random draws are the pipeline's own."""
         self._result = result
-        self._version = _version(sample_of(result))
+        self._version = version_of(sample_of(result))
         self._randomness.mark()
 
     def find_recurrent(self, call: StepCall) -> None:
@@ -44,7 +44,7 @@ class Handover:
         if self._result is None:
             return None
         before = sample_of(self._result)
-        version = _version(before)
+        version = version_of(before)
         is_untouched = before is call.sample and version is not None and version == self._version
         if is_untouched and not self._randomness.moved():
             return None
@@ -56,8 +56,3 @@ class Handover:
         """A recorded call on the true sample, cast as the pipeline cast it, with carried extras."""
         carried = {name: extras_of(result)[k] for name, k in self._recurrent.items()}
         return call.replaced(sample=sample_of(result).to(call.sample.dtype), **carried)
-
-
-def _version(tensor: Tensor) -> int | None:
-    """A count of writes into a tensor; None in inference mode, which keeps none."""
-    return None if tensor.is_inference() else tensor._version

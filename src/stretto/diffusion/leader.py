@@ -43,7 +43,7 @@ class Leader(Walk):
         if run.rank == 0:
             content = {
                 "result": result,
-                "state": run.port.snapshot(),
+                "state": run.port.exported(),
                 "random": run.randomness.snapshot(),
                 "guided": run.recent[-run.window.size :],
             }

@@ -35,14 +35,14 @@ class Replay(Walk):
         run.mesh.record(f"window {window.index}: waiting for predictions", waiting=True)
         like = window.calls[0].guided
         guided = exchange.gather(run.mesh, window.guided, like, self._header(like), run.deferred)
-        guesses = self._guessed_latents() if self.carries else []
+        guesses = self._guessed_latents() if self.carries else None
         self.rewind()
         result: Any = None
         for inside, (call, true) in enumerate(zip(window.calls, guided, strict=True)):
             if inside:
                 call = run.handover.continued(call, result)
             self._measure(inside, call.sample)
-            if guesses:
+            if guesses is not None:
                 true = self.carried(true, call.sample, guesses[inside], window.start + inside)
             result = run.port.real(call.replaced(model_output=true))
             run.remember(window.start + inside, true)
@@ -61,18 +61,23 @@ class Replay(Walk):
         here = run.noise[run.window.start]
         return not run.predictor.needs_own_output and run.port.carry(here) != 0
 
+    @torch.no_grad()
     def carried(self, guided: Tensor, true: Tensor, guess: Tensor, position: int) -> Tensor:
-        """A prediction made on `guess`, for the true latents; unchanged bits where they agree."""
+        """A prediction made on `guess`, for the true latents; unchanged bits where they agree.
+
+        `guess` may be wider than the latents; sums are float32 (float64 for float64).
+        """
         if guided.shape != true.shape:
             # Learned variances ride along in more channels: nothing is known of their change.
             return guided
         factor = self.run.port.carry(self.run.noise[position])
-        wide = torch.promote_types(guided.dtype, torch.float32)
-        moved = guided.to(wide) + factor * (true.to(wide) - guess.to(wide))
-        return torch.where(true == guess, guided, moved.to(guided.dtype))
+        guess = guess.to(torch.promote_types(guess.dtype, torch.float32))
+        # Equal latents differ by +0, and what is subtracted as +0 leaves even the sign of a zero.
+        ahead = guess - true if factor > 0 else true - guess
+        return torch.sub(guided, ahead, alpha=abs(factor), out=torch.empty_like(guided))
 
-    def _guessed_latents(self) -> list[Tensor]:
-        """The latents on which every position's prediction was evaluated.
+    def _guessed_latents(self) -> Tensor:
+        """The latents on which every position's prediction was evaluated, at least float32.
 
         All ranks hold the history that guesses come from, so each walks them by itself: what the
         scheduler computes need not be sent. Up to its own position a rank has walked already.
@@ -90,16 +95,18 @@ class Replay(Walk):
             result = run.port.real(call.replaced(model_output=guess))
             call = run.handover.continued(window.calls[inside + 1], result)
             latents.append(call.sample)
-        return latents
+        found = torch.stack(latents)
+        return found.to(torch.promote_types(found.dtype, torch.float32))
 
     def _measure(self, inside: int, true: Tensor) -> None:
-        """Relative error of the latents on which this rank evaluated its prediction."""
+        """Error of the latents on which this rank evaluated its prediction."""
         window = self.run.window
         if inside != self.run.rank or window.guess is None:
             return
-        error = (true.float() - window.guess.float()).square().mean().sqrt()
-        scale = true.float().square().mean().sqrt().clamp_min(1e-30)
-        self.run.report.own_error(window.start + inside, error / scale)
+        wide = torch.promote_types(true.dtype, torch.float32)
+        error = torch.linalg.vector_norm(true - window.guess.to(wide))
+        scale = torch.linalg.vector_norm(true, dtype=wide)
+        self.run.report.own_error(window.start + inside, error, scale)
 
     def _header(self, like: Tensor) -> Header:
         run, first = self.run, self.run.window.calls[0].sample

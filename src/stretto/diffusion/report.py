@@ -44,7 +44,7 @@ class Report:
         self.windows: list[WindowRecord] = []
         self.traffic = Traffic()
         self.network_calls = 0
-        self._own_errors: dict[int, Tensor] = {}
+        self._own_errors: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -108,24 +108,26 @@ class Report:
         else:
             self.structure_calls += runs
 
-    def own_error(self, position: int, error: Tensor) -> None:
-        # Kept as a tensor: reading it would wait for the device inside the loop.
-        self._own_errors[position] = error
+    def own_error(self, position: int, error: Tensor, scale: Tensor) -> None:
+        """Norm of the error of the latents that this rank evaluated on, and of the true ones."""
+        # Kept as tensors: reading them would wait for the device inside the loop.
+        self._own_errors[position] = error.detach(), scale.detach()
 
     def add(self, record: WindowRecord) -> None:
         self.windows.append(record)
 
     def shared_errors(self, mesh: Mesh, start: int, size: int) -> list[float]:
         """The window's errors per position, equal on all ranks; 8 bytes per rank."""
-        mine = float(self._own_errors.get(start + mesh.rank("step"), 0.0))
+        found = self._own_errors.get(start + mesh.rank("step"))
+        mine = _relative(*found) if found else 0.0
         parts = mesh.all_gather(torch.tensor([mine], dtype=torch.float64), "step", "adaptive")
         return [float(part) for part in parts.wait()[:size]]
 
     def close(self, mesh: CountingMesh) -> None:
         """Collect the guess errors of all step ranks: 8 bytes per step and rank."""
         own = torch.zeros(self.num_steps, dtype=torch.float64)
-        for position, error in self._own_errors.items():
-            own[position] = float(error)
+        for position, found in self._own_errors.items():
+            own[position] = _relative(*found)
         parts = mesh.all_gather(own, "step", "report").wait()
         for window in self.windows:
             if window.size > 1 and self.walk == "replay":
@@ -135,6 +137,10 @@ class Report:
                 window.discrepancy = max(errors)
         self.traffic = mesh.traffic
         self.network_calls = sum(mesh.calls.values())
+
+
+def _relative(error: Tensor, scale: Tensor) -> float:
+    return float(error) / max(float(scale), 1e-30)
 
 
 def _by_phase(traffic: Traffic) -> dict[str, int]:

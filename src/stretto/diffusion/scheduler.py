@@ -73,6 +73,7 @@ class SchedulerPort:
                 "use a scheduler of that form, or Plan(cfg=...) alone"
             )
         self._last_result: Any = None
+        self._kept: dict[int, Kept] = {}
         self._times = HostTimes()
 
     def bind(self, *args: Any, **kwargs: Any) -> StepCall:
@@ -92,16 +93,38 @@ class SchedulerPort:
         return _with_sample(self._last_result, sample)
 
     def snapshot(self) -> dict[str, Any]:
-        """A copy of the mutable state: schedulers keep histories and counters on themselves."""
-        return _copied({k: v for k, v in vars(self.scheduler).items() if k not in WRAPPED})
+        """The mutable state, for `restore`: schedulers keep histories and counters on themselves.
+
+        What the snapshot before has copied, and nobody wrote into since, is not copied again.
+        """
+        # By identity: what is kept holds its tensor, so that no other can take over its id.
+        found: dict[int, Kept] = {}
+
+        def kept(tensor: Tensor) -> Kept:
+            earlier = found.get(id(tensor)) or self._kept.get(id(tensor))
+            if earlier is None or not earlier.is_untouched:
+                earlier = Kept(tensor)
+            found[id(tensor)] = earlier
+            return earlier
+
+        state = _mapped(kept, Tensor, self._own())
+        self._kept = found
+        return state
+
+    def exported(self) -> dict[str, Any]:
+        """A plain copy of the same, to send away."""
+        return _mapped(Tensor.clone, Tensor, self._own())
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put a copy of a snapshot back, so that it can be used again."""
-        state = _copied(state)
+        """Put a snapshot or an exported state back; it can be used again."""
+        state = _mapped(Kept.restored, Kept, state)
         own = vars(self.scheduler)
         for name in [n for n in own if n not in state and n not in WRAPPED]:
             del own[name]
         own.update(state)
+
+    def _own(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self.scheduler).items() if k not in WRAPPED}
 
     def position(self, timestep: Any) -> int:
         """Index in `scheduler.timesteps` of a step that was just taken at `timestep`."""
@@ -198,16 +221,38 @@ def _with_sample(result: Any, sample: Tensor) -> Any:
     return type(result)(**fields)
 
 
-def _copied(value: Any) -> Any:
-    """Containers and arrays copied, everything else shared."""
-    if isinstance(value, Tensor):
-        return value.clone()
+def version_of(tensor: Tensor) -> int | None:
+    """A count of writes into a tensor; None in inference mode, which keeps none."""
+    return None if tensor.is_inference() else tensor._version
+
+
+class Kept:
+    """A tensor of a scheduler's state as it was: a copy, needed only if it is written into."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor = tensor
+        self._version = version_of(tensor)
+        self._copy = tensor.clone()
+
+    @property
+    def is_untouched(self) -> bool:
+        return self._version is not None and version_of(self._tensor) == self._version
+
+    def restored(self) -> Tensor:
+        """The tensor itself while it holds what it held, else a copy."""
+        return self._tensor if self.is_untouched else self._copy.clone()
+
+
+def _mapped(change: Callable[[Any], Any], kind: type, value: Any) -> Any:
+    """A value with `change` made to the items of a kind, containers and arrays copied."""
+    if isinstance(value, kind):
+        return change(value)
     if isinstance(value, np.ndarray):
         return value.copy()
     if type(value) in (list, tuple, deque):
-        return type(value)(_copied(item) for item in value)
+        return type(value)(_mapped(change, kind, item) for item in value)
     if type(value) is dict:
-        return {key: _copied(item) for key, item in value.items()}
+        return {key: _mapped(change, kind, item) for key, item in value.items()}
     return value
 
 
