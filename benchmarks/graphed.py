@@ -43,7 +43,7 @@ class Graphed:
                 self._forward(*args, **kwargs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = self._forward(*args, **kwargs)
         return graph, _tensors((args, kwargs)), output
 

@@ -66,12 +66,14 @@ class Watch:
         timeout_s: Callable[[], float],
         late: Callable[[Await], None],
         ranks: Sequence[int] = (),
+        device: torch.device | None = None,
     ):
         #: Called, each once, to end what this rank waits for.
         self.enders: list[Callable[[], None]] = []
         #: Ranks whose death is looked for also while this rank waits for nothing that is seen here.
         self.always: Sequence[int] = ()
         self._rank = rank
+        self._device = device
         self._store = store
         self._timeout_s = timeout_s
         self._late = late
@@ -162,6 +164,9 @@ class Watch:
             count = self._store.add(name, 0)
 
     def _follow(self) -> None:
+        if self._device is not None and self._device.type == "cuda":
+            # A new thread is on GPU 0, where asking for another GPU's events opens a context.
+            torch.cuda.set_device(self._device)
         while not self._stop.wait(LOOK_S):
             late = self._overdue(self._timeout_s())
             if late:

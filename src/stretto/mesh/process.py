@@ -39,9 +39,8 @@ class ProcessMesh(Mesh):
         self._is_nccl = self.device.type == "cuda" and "nccl" in dist.get_backend_config()
         # Torch's own deadlines are set with a group and stay; ours end every wait before them.
         self._longest_s = WARMING_UP * self.timeout_s + LEEWAY_S
-        self.watch = Watch(
-            self.world_rank, store, lambda: self.timeout_s, self._late, self.peers(None)
-        )
+        whom = (self.peers(None), self.device)
+        self.watch = Watch(self.world_rank, store, lambda: self.timeout_s, self._late, *whom)
         for axis in (None, *(a for a, size in self.sizes.items() if size > 1)):
             self._group(axis)
         self.watch.start()
