@@ -122,7 +122,9 @@ def test_every_kind_against_the_specification(name, device, dtype, kind, heads, 
     exact, base = case.exact(seen(kind, rows, keys, device))
     found = everything(case, kind, backend)
     check(found, exact, base)
-    assert all(x.is_contiguous() for x in found)
+    out, lse, *gradients = found
+    assert all(x.is_contiguous() for x in (out, *gradients))
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert found[0].dtype == dtype
 
 

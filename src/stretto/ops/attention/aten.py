@@ -119,13 +119,12 @@ def efficient_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The memory-efficient kernels: float32 too, any head dim in 16-byte steps, no shared heads."""
-    shared = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+    k, v = _for_all_heads(q, k, v)
     found = _ATEN._scaled_dot_product_efficient_attention(
         q, k, v, None, True, 0.0, causal, scale=scale
     )
     # Its lse is padded to a multiple of 32 rows.
-    return found[0], found[1][..., : q.shape[2]]
+    return found[0], found[1].narrow(-1, 0, q.shape[2])
 
 
 def efficient_backward(
@@ -140,9 +139,10 @@ def efficient_backward(
 ) -> Gradients:
     """Its gradients, those of shared heads summed in float32."""
     shared = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+    k, v = _for_all_heads(q, k, v)
+    padding = -lse.shape[2] % 32
     # exp(score - inf) is 0: padding rows add nothing.
-    lse = functional.pad(lse, (0, -lse.shape[2] % 32), value=float("inf"))
+    lse = functional.pad(lse, (0, padding), value=float("inf")) if padding else lse
     seed = lse.new_empty((), dtype=torch.int64)
     dq, dk, dv, _ = _ATEN._scaled_dot_product_efficient_attention_backward(
         *(dout, q, k, v, None, out, lse, seed, seed, 0.0, [True, True, True, False], causal),
@@ -154,6 +154,11 @@ def efficient_backward(
         x.unflatten(1, (-1, shared)).sum(2, dtype=torch.float32).to(q.dtype) for x in (dk, dv)
     )
     return dq, dk, dv
+
+
+def _for_all_heads(q: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:
+    shared = q.shape[1] // keys[0].shape[1]
+    return keys if shared == 1 else tuple(x.repeat_interleave(shared, 1) for x in keys)
 
 
 def naive_forward(

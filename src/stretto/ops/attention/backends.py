@@ -127,18 +127,16 @@ def choose(
     """
     if isinstance(backend, Backend):
         return backend
-    device = torch.device(device)
-    able = [b for b in BACKENDS.values() if b.takes(device, dtype, head_dim)]
-    if backend == "auto":
-        repeat = torch.are_deterministic_algorithms_enabled()
-        able = [b for b in able if b.repeatable or not repeat]
     if backend not in ("auto", *BACKENDS):
         raise ConfigError(
             f"no attention back end is called {backend!r}; there are auto, {', '.join(BACKENDS)}"
         )
-    for found in able:
-        if backend in ("auto", found.name):
+    device = torch.device(device)
+    repeat = backend == "auto" and torch.are_deterministic_algorithms_enabled()
+    for found in BACKENDS.values() if backend == "auto" else (BACKENDS[backend],):
+        if (found.repeatable or not repeat) and found.takes(device, dtype, head_dim):
             return found
+    able = [b for b in BACKENDS.values() if b.takes(device, dtype, head_dim)]
     asked = f"{_name(dtype)} with head dim {head_dim} on {device.type}"
     if not able:
         limits = "; ".join(f"{b.name}: {b.limits()}" for b in BACKENDS.values())
@@ -165,8 +163,9 @@ def forward(
 
     q is (Lq, B, H, D), k and v are (Lk, B, G, D). "full" shows every key; "causal" and
     "anticausal" need Lq == Lk, where row i sees keys 0..i, or i..Lk - 1, itself included.
-    Returns out (Lq, B, H, D) in q's dtype and lse (Lq, B, H) in float32 (float64 for float64),
-    contiguous. No keys: out 0, lse -inf. Empty inputs reach no kernel.
+    Returns out (Lq, B, H, D) in q's dtype, contiguous, and lse (Lq, B, H) in float32 (float64 for
+    float64), a view of what the kernel wrote. No keys: out 0, lse -inf. Empty inputs reach no
+    kernel.
     """
     if q.numel() == 0 or k.numel() == 0:
         lse = q.new_full(q.shape[:-1], float("-inf"), dtype=wide_dtype(q.dtype))
@@ -189,9 +188,9 @@ def backward(
 ) -> Gradients:
     """Gradients of one piece, in storage order and the inputs' dtypes.
 
-    dout and out are (Lq, B, H, D), lse is (Lq, B, H). `lse` and `out` are those of the whole
-    sequence for q's rows, so that dq is what these keys contribute and dk, dv are what these rows
-    do. Only rowsum(dout * out) is used of `out`: a `surrogate` serves as well.
+    dout and out are (Lq, B, H, D), lse is (Lq, B, H) of any strides. `lse` and `out` are those of
+    the whole sequence for q's rows, so that dq is what these keys contribute and dk, dv are what
+    these rows do. Only rowsum(dout * out) is used of `out`: a `surrogate` serves as well.
     """
     if q.numel() == 0 or k.numel() == 0:
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
@@ -218,7 +217,7 @@ def attend_(
     """
     for batch in batches(pieces):
         outs, lses = _forward(batch, q, k, v, scale, backend)
-        for rows, out, lse in zip(batch.q_slices(), outs, lses, strict=True):
+        for rows, out, lse in zip(batch.q_slices(), outs, lses.contiguous(), strict=True):
             into, into_lse = acc[rows], acc_lse[rows]
             merge_(into, into_lse, out.view(into.shape), lse.view(into_lse.shape))
 
@@ -310,12 +309,12 @@ def surrogate(dout: Tensor, delta: Tensor, like: Tensor | None = None) -> Tensor
 def _forward(
     batch: Batch, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: Backend
 ) -> tuple[Tensor, Tensor]:
-    """out (n, r, B * H, D) and lse (n, r, B * H) of a batch of pieces, contiguous."""
+    """out (n, r, B * H, D), contiguous, and lse (n, r, B * H), a view, of a batch of pieces."""
     causal = batch.kind != "full"
     assert not causal or batch.q_rows == batch.k_rows, f"a {batch.kind} piece is square: {batch}"
     views = batch.q_view(q), batch.k_view(k), batch.k_view(v)
     out, lse = backend.forward(*(_heads(x, backend) for x in views), causal, scale)
-    return batch.restored(out[..., : q.shape[-1]]), batch.restored(lse)
+    return batch.restored(_unpadded(out, q)).contiguous(), batch.restored(lse)
 
 
 def _backward(
@@ -333,9 +332,8 @@ def _backward(
     views = batch.q_view(dout), batch.q_view(q), batch.k_view(k), batch.k_view(v)
     # Dense, as the forward kernel's output is, whatever lies between the pieces.
     heads = [_heads(x, backend) for x in (*views, batch.q_view(out).contiguous())]
-    dense_lse = batch.q_view(lse).transpose(1, 2).contiguous()
-    gradients = backend.backward(*heads, dense_lse, batch.kind != "full", scale)
-    dq, dk, dv = (batch.restored(x[..., : q.shape[-1]]) for x in gradients)
+    gradients = backend.backward(*heads, batch.statistics(lse), batch.kind != "full", scale)
+    dq, dk, dv = (batch.restored(_unpadded(x, q)).contiguous() for x in gradients)
     return dq, dk, dv
 
 
@@ -344,3 +342,7 @@ def _heads(x: Tensor, backend: Backend) -> Tensor:
     padding = -x.shape[-1] % backend.head_multiple
     # Before the transposition, so that rows stay outermost in memory for every kernel.
     return (functional.pad(x, (0, padding)) if padding else x).transpose(1, 2)
+
+
+def _unpadded(x: Tensor, q: Tensor) -> Tensor:
+    return x if x.shape[-1] == q.shape[-1] else x[..., : q.shape[-1]]

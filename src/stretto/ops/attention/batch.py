@@ -48,17 +48,28 @@ class Batch(NamedTuple):
         assert x.is_contiguous(), f"storage is rows outermost, not {x.shape} by {x.stride()}"
         # A view past the end would read a neighbour's rows without an error.
         assert 0 <= start <= len(x) - (self.count - 1) * step - rows, f"{self} of {len(x)} rows"
-        width = x[0].numel()
-        shape = (self.count, rows, x.shape[1] * x.shape[2], *x.shape[3:])
-        inner = x.shape[3:].numel()
+        heads, inner = x.shape[1] * x.shape[2], x.shape[3:].numel()
+        width = heads * inner
+        shape = (self.count, rows, heads, *x.shape[3:])
         strides = (step * width, width, inner, *([1] if x.ndim == 4 else []))
-        view = x.as_strided(shape, strides, x.storage_offset() + start * width)
-        return view.flip(1) if self.kind == "anticausal" else view
+        return self._turned(x.as_strided(shape, strides, x.storage_offset() + start * width))
+
+    def statistics(self, x: Tensor) -> Tensor:
+        """(L, B, H) as kernels take it, (n, B * H, rows) and contiguous.
+
+        Of one piece it may have any strides: what a kernel gave costs no copy.
+        """
+        if self.count == 1:
+            rows = x[self.q_start : self.q_start + self.q_rows].flatten(1)[None]
+            return self._turned(rows).transpose(1, 2).contiguous()
+        return self.q_view(x).transpose(1, 2).contiguous()
 
     def restored(self, x: Tensor) -> Tensor:
-        """A kernel's (n, heads, rows, ...) as contiguous (n, rows, heads, ...), in true order."""
-        x = x.transpose(1, 2)
-        return (x.flip(1) if self.kind == "anticausal" else x).contiguous()
+        """A view of a kernel's (n, heads, rows, ...) as (n, rows, heads, ...), in true order."""
+        return self._turned(x.transpose(1, 2))
+
+    def _turned(self, x: Tensor) -> Tensor:
+        return x.flip(1) if self.kind == "anticausal" else x
 
 
 def batches(pieces: Sequence[Piece]) -> list[Batch]:

@@ -20,8 +20,7 @@ from stretto.mesh.count import CountingMesh
 from stretto.mesh.local import LocalMesh
 from stretto.mesh.mesh import Mesh
 from stretto.ops.attention import backends
-from stretto.ops.attention.block import Block
-from stretto.ops.attention.rank import Saved, backward_rank, forward_rank
+from stretto.ops.attention.rank import backward_rank, forward_rank
 from stretto.ops.attention.sinks import check as check_sinks
 from stretto.ops.attention.sinks import gradient as gradient_of_sinks
 from stretto.ops.attention.sinks import joined
@@ -111,11 +110,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sinks, settings):
         out, lse, saved = _forward(q, k, v, sinks, settings)
-        blocks = [saved.q, saved.kv, *saved.kept]
-        ctx.frames = [(block.rows, block.specs) for block in blocks]
-        ctx.job, ctx.settings = saved.job, settings
-        stats = (sinks, None if sinks is None else lse)
-        ctx.save_for_backward(*stats, out, saved.lse, *(block.buffer for block in blocks))
+        tensors, ctx.together = saved.apart()
+        ctx.settings = settings
+        of_sinks = (None, None, None) if sinks is None else (sinks, out, lse)
+        ctx.save_for_backward(*of_sinks, *tensors)
         if lse is not None:
             ctx.mark_non_differentiable(lse)
         return out, lse
@@ -123,15 +121,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grad_outputs):  # pyrefly: ignore[bad-override]
-        sinks, home_lse, out, lse, *buffers = ctx.saved_tensors
-        q, kv, *kept = (
-            Block.over(rows, buffer, specs)
-            for (rows, specs), buffer in zip(ctx.frames, buffers, strict=True)
-        )
-        saved = Saved(ctx.job, q, kv, out, lse, kept)
+        sinks, out, home_lse, *tensors = ctx.saved_tensors
         dout, _ = grad_outputs  # lse is not differentiable
         with _ending_peers(ctx.settings[0], "attention backward"):
-            grads = backward_rank(dout, saved)
+            grads = backward_rank(dout, ctx.together(tensors))
         dsinks = None if sinks is None else gradient_of_sinks(dout, out, home_lse, sinks)
         return *grads, dsinks, None
 
@@ -217,6 +210,10 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
+#: One rank's plan.
+_ALONE = Context()
+
+
 def _context(mesh: Mesh | None, plan: Context | None) -> Context:
     """The plan asked for, or the one that the mesh describes; they must agree."""
     context = None if plan is None else of_sequence(plan)
@@ -226,8 +223,8 @@ def _context(mesh: Mesh | None, plan: Context | None) -> Context:
                 f"the plan {context.short()} needs {context.degree} ranks, and no mesh is given; "
                 "pass mesh=init_mesh(plan), or no plan for one rank"
             )
-        return context or Context()
-    sizes = {axis: mesh.size(axis) for axis in Context().sizes}
+        return context or _ALONE
+    sizes = {axis: mesh.size(axis) for axis in _ALONE.sizes}
     if context is None:
         return _described(sizes)
     wanted = context.sizes

@@ -25,8 +25,9 @@ def merge_(acc_LBHD: Tensor, acc_lse_LBH: Tensor, part_LBHD: Tensor, part_lse_LB
     """Add one partial result to the accumulators, in place and in one pass.
 
     acc and acc_lse are float32 (float64 for float64), views of some rows are fine; part is of any
-    dtype. A side whose lse is -inf counts as absent whatever it holds, NaN too; both absent give
-    out 0 and lse -inf. Any order of partials gives the same up to rounding of the accumulators.
+    dtype, its lse of any strides. A side whose lse is -inf counts as absent whatever it holds, NaN
+    too; both absent give out 0 and lse -inf. Any order of partials gives the same up to rounding of
+    the accumulators.
     """
     if acc_lse_LBH.numel() == 0:
         return
@@ -34,7 +35,7 @@ def merge_(acc_LBHD: Tensor, acc_lse_LBH: Tensor, part_LBHD: Tensor, part_lse_LB
         # Here and not above: triton comes with CUDA builds of torch only.
         from stretto.ops.attention import triton
 
-        triton.merge_(acc_LBHD, acc_lse_LBH, part_LBHD, part_lse_LBH)
+        triton.merge_(acc_LBHD, acc_lse_LBH, part_LBHD, part_lse_LBH.contiguous())
     else:
         _merge(acc_LBHD, acc_lse_LBH, part_LBHD, part_lse_LBH)
 

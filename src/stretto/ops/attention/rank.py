@@ -8,15 +8,16 @@ Plain functions on tensors, without autograd: virtual ranks in threads call them
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from stretto.mesh.mesh import Mesh
-from stretto.ops.attention import backends
-from stretto.ops.attention.block import Block
+from stretto.ops.attention import backends, single
+from stretto.ops.attention.block import Block, Specs
 from stretto.ops.attention.job import Job
 from stretto.ops.attention.merge import accumulators, merge_
 from stretto.ops.attention.returning import Riding, returning
@@ -30,6 +31,7 @@ from stretto.ops.attention.rows import (
     summed,
     team_gathered,
 )
+from stretto.ops.attention.single import Single
 from stretto.ops.attention.walk import Walk
 from stretto.plan.context import AttentionCase, Context
 from stretto.plan.moves import Move
@@ -38,8 +40,8 @@ from stretto.plan.schedule import schedule
 
 
 @dataclass(slots=True)
-class Saved:
-    """What backward needs of forward.
+class SavedBlocks:
+    """What backward needs of forward where rows or heads are split, or pieces are many.
 
     `q`, `kv`: after the exchange of heads, storage order. `out`: (B, H, L, D) as returned. `lse`:
     of q's rows. `kept`: blocks that the schedule keeps, in order of the walk.
@@ -51,6 +53,26 @@ class Saved:
     out: Tensor
     lse: Tensor
     kept: list[Block] = field(default_factory=list)
+
+    def apart(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], SavedBlocks]]:
+        """Its tensors, and what makes it of them again, which holds none."""
+        blocks = [self.q, self.kv, *self.kept]
+        frames = [(block.rows, block.specs) for block in blocks]
+        tensors = [self.out, self.lse, *(block.buffer for block in blocks)]
+        return tensors, partial(_together, self.job, frames)
+
+
+#: What backward needs of forward.
+Saved = SavedBlocks | Single
+
+
+def _together(
+    job: Job, frames: list[tuple[Spans, Specs]], tensors: Sequence[Tensor]
+) -> SavedBlocks:
+    out, lse, *buffers = tensors
+    pairs = zip(frames, buffers, strict=True)
+    q, kv, *kept = (Block.over(rows, buffer, specs) for (rows, specs), buffer in pairs)
+    return SavedBlocks(job, q, kv, out, lse, kept)
 
 
 def forward_rank(
@@ -67,7 +89,8 @@ def forward_rank(
     """This rank's attention over the whole sequence.
 
     q is (B, H, L, D), k and v are (B, G, Lk, D): the rows that `case` gives rank `case.rank`.
-    Returns out like q, lse (B, H, L) or None unless the case asks for it, and what backward needs.
+    Returns out like q, lse (B, H, L) or None unless the case asks for it, and what backward needs,
+    which is the tensors themselves where one kernel on them is all there is to do.
     """
     job = Job(
         schedule(context, case),
@@ -78,26 +101,35 @@ def forward_rank(
         q.device,
     )
     with _plain(q.device):
-        return _forward(job, q, k, v)
+        if not (single.is_single(job.schedule) and single.takes(job.backend, q, k, v)):
+            return _forward(job, q, k, v)
+        saved = single.forward(job, q, k, v)
+        return saved.out, public(saved.lse) if case.return_lse else None, saved
 
 
 def backward_rank(dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv like q, k, v, for dout like out. Moves what the schedule's backward says."""
     with _plain(dout.device):
+        if isinstance(saved, Single):
+            return single.backward(dout, saved)
         return _backward(saved.job, dout, saved)
 
 
 @contextlib.contextmanager
 def _plain(device: torch.device) -> Generator[None]:
     """Without autograd, and in the tensors' own dtypes: autocast would round statistics."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    casts = torch.is_autocast_enabled(device.type)
+    own = torch.autocast(device.type, enabled=False) if casts else contextlib.nullcontext()
+    with torch.no_grad(), own:
         yield
 
 
 # ---- forward ---------------------------------------------------------------------------------
 
 
-def _forward(job: Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None, Saved]:
+def _forward(
+    job: Job, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor | None, SavedBlocks]:
     plan = job.schedule.forward
     moves = list(plan.before)
     heads = _taken(moves, "heads")
@@ -114,7 +146,7 @@ def _forward(job: Job, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor 
     out, lse = _merged(job, _taken(moves, "row-out"), team_q.rows, out, lse)
     home, home_lse = _out_home(job, moves, out.to(job.dtype), lse)
     result = public(home)
-    saved = Saved(job, own_q, own_kv, result, lse, kept)
+    saved = SavedBlocks(job, own_q, own_kv, result, lse, kept)
     return result, None if home_lse is None else public(home_lse), saved
 
 
@@ -188,7 +220,7 @@ def _out_home(
 # ---- backward --------------------------------------------------------------------------------
 
 
-def _backward(job: Job, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(job: Job, dout: Tensor, saved: SavedBlocks) -> tuple[Tensor, Tensor, Tensor]:
     plan = job.schedule.backward
     moves = list(plan.before)
     own = _queries(job, moves, dout, saved, travel=plan.moving == "q")
@@ -204,7 +236,9 @@ def _backward(job: Job, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Ten
     return _gradients_home(job, list(plan.after), dq, sums)
 
 
-def _queries(job: Job, moves: list[Move], dout: Tensor, saved: Saved, *, travel: bool) -> Block:
+def _queries(
+    job: Job, moves: list[Move], dout: Tensor, saved: SavedBlocks, *, travel: bool
+) -> Block:
     """What gradients need of own queries after the exchange of heads; see `_stand_in`."""
     heads = _taken(moves, "back-heads")
     dout_LBHD, out_LBHD = rows_first(dout).contiguous(), rows_first(saved.out).contiguous()
@@ -231,7 +265,8 @@ def _backward_moving_keys(walk: Walk, queries: Block) -> tuple[Block, Block]:
     job = walk.job
     if _is_one_kernel(job):
         return _backward_at_once(walk, queries)
-    stand_in = _stand_in(queries)
+    # In storage order for all steps: of one step's forward it is as the kernel gave it.
+    stand_in, lse = _stand_in(queries), queries["lse"].contiguous()
     dq = job.sums(queries.rows, "dq")
     home = returning(job, walk.plan)
     for step, block in walk:
@@ -243,7 +278,7 @@ def _backward_moving_keys(walk: Walk, queries: Block) -> tuple[Block, Block]:
             block["k"],
             block["v"],
             stand_in,
-            queries["lse"],
+            lse,
             step.pieces,
             job.scale,
             job.backend,

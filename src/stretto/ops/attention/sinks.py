@@ -33,7 +33,8 @@ def joined(
     sinks = sinks_H.to(lse_BHL.dtype)
     lse = torch.logaddexp(lse_BHL, sinks[:, None])
     scale = torch.exp(lse_BHL - lse)[..., None]
-    out = (out_BHLD.to(scale.dtype) * scale).to(out_BHLD.dtype)
+    # Laid out as the kernel's own, which backward kernels count on.
+    out = torch.empty_like(out_BHLD).copy_(out_BHLD.to(scale.dtype) * scale)
     u, case = saved.job.schedule.context.ulysses, saved.job.schedule.case
     # After the exchange of heads this rank's statistics are those of its share of them.
     own = sinks.chunk(u)[case.rank % u]
