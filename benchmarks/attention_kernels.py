@@ -4,18 +4,21 @@ python benchmarks/attention_kernels.py --out kernels.json [--sections check,path
 
 check   every back end, kind of piece, shared heads, strides: outputs and gradients against the
         specification in float64, in units of what plain computations in that dtype are off by.
-path    pieces -> back end on rows-outermost storage (`ours`), in turns with torch's own
-        scaled_dot_product_attention on that back end and those numbers, contiguous (`torch`) and,
-        forward, on our storage (`torch_rows`: what the layout costs). Backward with the true
-        output and, `through_delta`, forming delta and the surrogate first, as ranks must.
+path    torch's own scaled_dot_product_attention on a back end in turns with our local path on the
+        same tensors: `torch` and `ours`, stretto.attention on one rank, on contiguous tensors
+        (batch, heads, rows, dim); `torch_rows` and `ours_rows`, pieces -> back end as ranks of a
+        mesh call it, on rows-outermost storage. Backward also `through_delta`: rows, forming delta
+        and the surrogate first, as ranks must. `layout` is torch_rows over torch. `host_us` is what
+        one call takes of the host. `bits_of_torch`: outputs, and dk and dv, are the same bits.
 merge   what merging costs in steps of `--step` tokens, forward and backward.
 blocks  TFLOP/s against rows per block, as CUDA graphs so that the host is not measured.
 plans   what every rank of a named plan computes, on virtual ranks of one GPU: error beside one
         device's own, time, peak memory. Ranks share the GPU, so the time is the sum of their work.
 
-Times are of calls queued back to back, per call, between device events; medians and extremes of
-interleaved repeats. A case that fails is a row with its error; one that no longer fits into
-`--seconds` is a row that says so.
+Times are of calls back to back, per call, between device events; medians and extremes of
+interleaved repeats. The calls are queued while the device spins, so that none waits for the host;
+of `blocks` those named forward and backward are not. A case that fails is a row with its error; one
+that no longer fits into `--seconds` is a row that says so.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from torch import Tensor
 from torch.nn import attention as torch_attention
 from torch.nn import functional
 
+import stretto
 from stretto.mesh.local import LocalWorld
 from stretto.mesh.mesh import Mesh
 from stretto.ops.attention import backends, merge, naive
@@ -57,12 +61,15 @@ TORCH = {
     "efficient": torch_attention.SDPBackend.EFFICIENT_ATTENTION,
 }
 #: Of path, and from how many tokens on the summary repeats them.
-OVER = (
-    "ours_over_torch_percent",
-    "ours_over_torch_rows_percent",
-    "through_delta_over_torch_percent",
-)
+OVER = {
+    "ours_over_torch_percent": ("ours", "torch"),
+    "ours_rows_over_torch_rows_percent": ("ours_rows", "torch_rows"),
+    "through_delta_over_torch_rows_percent": ("through_delta", "torch_rows"),
+    "layout_percent": ("torch_rows", "torch"),
+}
 LARGE = 16384
+#: Of a device that spins while calls are queued: cycles for each, above half a millisecond.
+SPIN = 1_000_000
 Work = Callable[[], Any]
 Row = dict[str, Any]
 
@@ -83,7 +90,7 @@ class Bench:
         self.step = 64 if small else options.step
         self.blocks = (32, 64) if small else (512, 1024, 2048, 4096, 8192, 16384)
         self.repeats = 2 if small else options.repeats
-        self.target_ms = 0.0 if small else 4.0
+        self.target_ms = 0.0 if small else 6.0
 
     def backend(self, name: str) -> Backend:
         return backends.choose(self.device, self.dtype, self.dim, name)
@@ -93,33 +100,50 @@ class Bench:
         heads = more.pop("heads", self.heads)
         return Tensors(self.device, dtype, rows, keys, heads, groups, dim, **more)
 
-    def times(self, works: dict[str, Work]) -> dict[str, list[float]]:
-        """Milliseconds per call of every work, interleaved, after one warming round."""
-        counts = {name: self._count(work) for name, work in works.items()}
-        found: dict[str, list[float]] = {name: [] for name in works}
-        for index in range(self.repeats):
-            order = list(works) if index % 2 == 0 else list(works)[::-1]
-            for name in order:
-                found[name].append(self._queued(works[name], counts[name]))
-        return found
+    def times(self, works: dict[str, Work], *, waits: bool = False) -> dict[str, list[float]]:
+        """Milliseconds per call of every work, interleaved; `waits` lets the device wait for it."""
+        return self.measured(works, waits=waits)[0]
 
-    def _count(self, work: Work) -> int:
-        """Calls that keep the device busy for `target_ms`, so that the host runs ahead."""
+    def measured(
+        self, works: dict[str, Work], *, waits: bool = False
+    ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+        """The same, and milliseconds of the host to queue one call, after one warming round."""
+        counts = {name: self._count(work, waits) for name, work in works.items()}
+        found: dict[str, list[float]] = {name: [] for name in works}
+        host: dict[str, list[float]] = {name: [] for name in works}
+        names = list(works)
+        for index in range(self.repeats):
+            first = index % len(names)
+            # Everyone goes first, and after everyone: what ran before sets clocks and caches.
+            order = [*names[first:], *names[:first]][:: -1 if index // len(names) % 2 else 1]
+            for name in order:
+                device_ms, host_ms = self._queued(works[name], counts[name], waits)
+                found[name].append(device_ms)
+                host[name].append(host_ms)
+        return found, host
+
+    def _count(self, work: Work, waits: bool) -> int:
+        """Calls that keep the device busy for `target_ms`."""
         work()
-        once = self._queued(work, 1)
+        once, _ = self._queued(work, 1, waits)
         return max(1, min(20, round(self.target_ms / max(once, 1e-3))))
 
-    def _queued(self, work: Work, count: int) -> float:
+    def _queued(self, work: Work, count: int, waits: bool) -> tuple[float, float]:
         if self.device.type != "cuda":
-            return 1e3 * result.timed(lambda: [work() for _ in range(count)], self.device) / count
+            took = result.timed(lambda: [work() for _ in range(count)], self.device)
+            return 1e3 * took / count, 1e3 * took / count
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        if not waits:
+            torch.cuda._sleep(SPIN * (count + 1))
         begin.record()
+        start = time.perf_counter()
         for _ in range(count):
             work()
+        host = time.perf_counter() - start
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end) / count
+        return begin.elapsed_time(end) / count, 1e3 * host / count
 
 
 class Tensors:
@@ -150,11 +174,13 @@ class Tensors:
         )
         return found
 
+    def views(self) -> tuple[Tensor, ...]:
+        """dout, q, k, v in torch's order of dims (B, H, L, D), as they are stored."""
+        return tuple(x.permute(1, 2, 0, 3) for x in (self.dout, self.q, self.k, self.v))
+
     def sdpa(self) -> tuple[Tensor, ...]:
         """dout, q, k, v in torch's layout (B, H, L, D), contiguous."""
-        return tuple(
-            x.permute(1, 2, 0, 3).contiguous() for x in (self.dout, self.q, self.k, self.v)
-        )
+        return tuple(x.contiguous() for x in self.views())
 
 
 def whole(mask: Mask, rows: int, keys: int) -> tuple[Piece, ...]:
@@ -416,44 +442,56 @@ def torchs_own(bench: Bench, name: str) -> contextlib.AbstractContextManager:
 
 
 def path_forward(bench: Bench, case: SimpleNamespace) -> Row:
-    """`attend` on storage in turns with scaled_dot_product_attention on its own layout."""
+    """Our path in turns with scaled_dot_product_attention, on torch's layout and on storage."""
     backend = bench.backend(case.name)
     x = bench.tensors(case.tokens, case.tokens, case.groups)
     cut = whole(Mask(causal=case.causal), case.tokens, case.tokens)
-    contiguous = x.sdpa()[1:]
-    views = tuple(t.permute(1, 2, 0, 3) for t in (x.q, x.k, x.v))
+    contiguous, views = x.sdpa()[1:], x.views()[1:]
 
     def theirs(tensors: tuple[Tensor, ...]) -> Tensor:
         return functional.scaled_dot_product_attention(
             *tensors, is_causal=case.causal, enable_gqa=case.groups != bench.heads
         )
 
-    def ours() -> Any:
+    def ours() -> Tensor:
+        return stretto.attention(*contiguous, causal=case.causal, backend=case.name)
+
+    def ours_rows() -> Any:
         return backends.attend(x.q, x.k, x.v, cut, x.scale, backend)
 
+    works = {
+        "torch": lambda: theirs(contiguous),
+        "ours": ours,
+        "torch_rows": lambda: theirs(views),
+        "ours_rows": ours_rows,
+    }
     with torch.no_grad(), torchs_own(bench, case.name):
-        same = rms(ours()[0], theirs(contiguous).permute(2, 0, 1, 3))
-        works = {"torch": lambda: theirs(contiguous), "ours": ours}
-        times = bench.times(works | {"torch_rows": lambda: theirs(views)})
-    return compared(bench, case, times, backward=False) | {"rms_to_torch": same}
+        reference = theirs(contiguous)
+        same = {"bits_of_torch": torch.equal(ours(), reference)}
+        same["rms_to_torch"] = rms(ours_rows()[0], reference.permute(2, 0, 1, 3))
+        return compared(bench, case, works, backward=False) | same
 
 
 def path_backward(bench: Bench, case: SimpleNamespace) -> Row:
-    """`backward` of the piece in turns with torch's autograd of its own forward."""
+    """The same of gradients, each of its own forward's."""
     backend = bench.backend(case.name)
     x = bench.tensors(case.tokens, case.tokens, case.groups)
-    dout, *inputs = x.sdpa()
-    inputs = [t.requires_grad_() for t in inputs]
     kind = "causal" if case.causal else "full"
-    with torchs_own(bench, case.name):
-        gqa = case.groups != bench.heads
-        graph = functional.scaled_dot_product_attention(
-            *inputs, is_causal=case.causal, enable_gqa=gqa
-        )
-    out, lse = backends.forward(x.q, x.k, x.v, kind, x.scale, backend)
+    gqa = case.groups != bench.heads
 
-    def theirs() -> Any:
-        return torch.autograd.grad(graph, inputs, dout, retain_graph=True)
+    def backward_of(dout: Tensor, *tensors: Tensor, own: bool = False) -> Work:
+        inputs = [t.detach().requires_grad_() for t in tensors]
+        with torchs_own(bench, case.name):
+            graph = (
+                stretto.attention(*inputs, causal=case.causal, backend=case.name)
+                if own
+                else functional.scaled_dot_product_attention(
+                    *inputs, is_causal=case.causal, enable_gqa=gqa
+                )
+            )
+        return lambda: torch.autograd.grad(graph, inputs, dout, retain_graph=True)
+
+    out, lse = backends.forward(x.q, x.k, x.v, kind, x.scale, backend)
 
     def through(given: Tensor) -> Any:
         return backends.backward(x.dout, x.q, x.k, x.v, given, lse, kind, x.scale, backend)
@@ -461,28 +499,36 @@ def path_backward(bench: Bench, case: SimpleNamespace) -> Row:
     def through_delta() -> Any:
         return through(backends.surrogate(x.dout, backends.delta(x.dout, out), like=out))
 
-    pairs = zip(through(out), theirs(), strict=True)
-    same = max(rms(a, b.permute(2, 0, 1, 3)) for a, b in pairs)
-    works = {"torch": theirs, "ours": lambda: through(out), "through_delta": through_delta}
-    return compared(bench, case, bench.times(works), backward=True) | {"rms_to_torch": same}
+    works = {
+        "torch": backward_of(*x.sdpa()),
+        "ours": backward_of(*x.sdpa(), own=True),
+        "torch_rows": backward_of(*x.views()),
+        "ours_rows": lambda: through(out),
+        "through_delta": through_delta,
+    }
+    theirs, ours = works["torch"](), works["ours"]()
+    # cuDNN's dq differs from call to call in its last bits, and flash's does.
+    same: Row = {"bits_of_torch": all(map(torch.equal, ours[1:], theirs[1:]))}
+    pairs = [*zip(ours, theirs, strict=True)]
+    pairs += [(a.permute(1, 2, 0, 3), b) for a, b in zip(works["ours_rows"](), theirs, strict=True)]
+    same["rms_to_torch"] = max(rms(a, b) for a, b in pairs)
+    return compared(bench, case, works, backward=True) | same
 
 
-def compared(
-    bench: Bench, case: SimpleNamespace, times: dict[str, list[float]], *, backward: bool
-) -> Row:
-    """Times, rates and how much longer ours takes, in percent of torch's."""
+def compared(bench: Bench, case: SimpleNamespace, works: dict[str, Work], *, backward: bool) -> Row:
+    """Times, rates, time of the host, and how much longer ours takes in percent of torch's."""
+    times, host = bench.measured(works)
     shape = (case.tokens, case.tokens, bench.heads, bench.dim)
     work = flop(*shape, "causal" if case.causal else "full", backward)
     over = {
-        f"{name}_over_torch_percent": over_percent(times["torch"], values)
-        for name, values in times.items()
-        if name != "torch"
+        key: over_percent(times[base], times[name])
+        for key, (name, base) in OVER.items()
+        if name in times
     }
-    if "torch_rows" in times:
-        over["ours_over_torch_rows_percent"] = over_percent(times["torch_rows"], times["ours"])
     return {
         "ms": times["ours"],
         "times_ms": {name: result.spread(values) for name, values in times.items()},
+        "host_us": {name: 1e3 * statistics.median(values) for name, values in host.items()},
         "tflops": {name: work / statistics.median(v) / 1e9 for name, v in times.items()},
         **over,
     }
@@ -591,7 +637,7 @@ def block(bench: Bench, name: str, kind: str, rows: int) -> Row:
     repeats = max(1, min(16, (4096 // rows) ** 2))
     if bench.device.type == "cuda":
         works |= {f"{key}_graph": graphed(work, repeats) for key, work in calls.items()}
-    times = bench.times(works)
+    times = bench.times(works, waits=True)
     for key in times:
         if key.endswith("_graph"):
             times[key] = [value / repeats for value in times[key]]
@@ -786,6 +832,13 @@ def summary(rows: list[Row]) -> Row:
         for name, some in ((key, over), (f"{key}_from_{LARGE}_tokens", large)):
             if some:
                 found[name] = spread_of(some)
+    same = [row["bits_of_torch"] for row in rows if "bits_of_torch" in row]
+    if same:
+        found["bits_of_torch"] = f"{sum(same)} of {len(same)}"
+    for name in ("torch", "ours", "torch_rows", "ours_rows"):
+        calls = [row["host_us"][name] for row in rows if "host_us" in row]
+        if calls:
+            found[f"host_us_{name}"] = statistics.median(calls)
     for key in ("merge_percent", "over_kernel_percent", "sums_percent"):
         values = [row[key] for row in rows if key in row]
         if values:
@@ -815,6 +868,7 @@ def shown_row(row: Row) -> str:
     parts += [f"{key} {row[key]:+.2f}" for key in row if key.endswith("percent")]
     parts += [f"{k} {v:.0f}" for k, v in row.get("tflops", {}).items()]
     parts += [f"{k} {v['median']:.3f} ms" for k, v in row.get("times_ms", {}).items()]
+    parts += [f"{k} {v:.0f} us of host" for k, v in row.get("host_us", {}).items()]
     return "  ".join(parts)
 
 

@@ -27,6 +27,7 @@ def test_dry_run(dry):
         assert row["who"] in printed
         if row["who"].startswith("path"):
             assert row["rms_to_torch"] < 1e-5
+            assert row["bits_of_torch"]
 
 
 def bench(seconds=60.0):
