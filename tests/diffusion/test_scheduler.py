@@ -1,8 +1,8 @@
-"""What the port hands to a scheduler: its own timesteps, on the host."""
+"""What the port hands to a scheduler: its own timesteps, on the host; its state, as it was."""
 
 import torch
 
-from stretto.diffusion.scheduler import HostTimes
+from stretto.diffusion.scheduler import HostTimes, SchedulerPort
 
 
 def test_host_times_know_items_of_the_grid_by_their_memory():
@@ -24,3 +24,66 @@ def test_host_times_follow_a_new_grid():
     first, second = torch.tensor([3, 2, 1]), torch.tensor([30, 20, 10])
     assert int(times.on_host(first[0], first)) == 3
     assert int(times.on_host(second[1], second)) == 20
+
+
+class Scheduler:
+    """What the port asks of a scheduler, with a history."""
+
+    def __init__(self):
+        self.history = [torch.zeros(3), None]
+        self.grid = torch.arange(3.0)
+        self.count = 0
+
+    def step(self, model_output, timestep, sample):
+        raise AssertionError("no step is taken here")
+
+
+def test_a_snapshot_outlives_writes_and_is_not_copied_where_there_are_none():
+    scheduler = Scheduler()
+    port = SchedulerPort(scheduler)
+    history, grid = scheduler.history[0], scheduler.grid
+    state = port.snapshot()
+    for _ in range(2):
+        scheduler.history[0].add_(1)
+        scheduler.history.append(torch.ones(1))
+        scheduler.count, scheduler.new = 5, True
+        port.restore(state)
+        assert scheduler.history[0].tolist() == [0, 0, 0]
+        assert scheduler.history[1:] == [None]
+        assert scheduler.count == 0
+        assert not hasattr(scheduler, "new")
+    assert scheduler.history[0] is not history
+    assert scheduler.grid is grid
+
+
+def test_a_later_snapshot_sees_what_was_written_since():
+    scheduler = Scheduler()
+    port = SchedulerPort(scheduler)
+    first = port.snapshot()
+    scheduler.grid.mul_(2)
+    second = port.snapshot()
+    scheduler.grid.zero_()
+    port.restore(second)
+    assert scheduler.grid.tolist() == [0, 2, 4]
+    port.restore(first)
+    assert scheduler.grid.tolist() == [0, 1, 2]
+
+
+def test_inference_mode_keeps_no_count_of_writes_so_everything_is_copied():
+    with torch.inference_mode():
+        scheduler = Scheduler()
+        port = SchedulerPort(scheduler)
+        state = port.snapshot()
+        scheduler.grid.zero_()
+        port.restore(state)
+        assert scheduler.grid.tolist() == [0, 1, 2]
+
+
+def test_an_exported_state_is_plain_and_its_own():
+    scheduler = Scheduler()
+    port = SchedulerPort(scheduler)
+    sent = port.exported()
+    scheduler.grid.zero_()
+    assert sent["grid"].tolist() == [0, 1, 2]
+    port.restore(sent)
+    assert scheduler.grid.tolist() == [0, 1, 2]

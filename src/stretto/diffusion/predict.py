@@ -130,8 +130,9 @@ class Extrapolation:
 
     def _damping_at(self, horizon: int) -> Tensor | float:
         if self._is_fitted:
-            is_known = self._fits is not None and horizon <= len(self._fits)
-            return self._fits[horizon - 1] if is_known else _UNFITTED
+            if self._fits is None or horizon > len(self._fits):
+                return _UNFITTED
+            return self._fits[horizon - 1]
         if self._stored is None:
             return 1.0
         if horizon > len(self._stored):
@@ -158,13 +159,14 @@ def _refitted(earlier: Tensor | None, slopes: Tensor) -> Tensor:
 
     No branch on a device value: it would wait for the device.
     """
-    reached, known = len(slopes), 0 if earlier is None else len(earlier)
-    if known < reached:
-        unfitted = slopes.new_full((reached - known,), _UNFITTED)
-        earlier = unfitted if earlier is None else torch.cat([earlier, unfitted])
+    reached = len(slopes)
+    earlier = slopes[:0] if earlier is None else earlier
+    if len(earlier) < reached:
+        unfitted = slopes.new_full((reached - len(earlier),), _UNFITTED)
+        earlier = torch.cat([earlier, unfitted])
     # 0 / 0 where the base does not change: nothing is learned, what was fitted before stays.
     fits = torch.where(slopes.isnan(), earlier[:reached], slopes.clamp(0, 1))
-    return fits if reached >= known else torch.cat([fits, earlier[reached:]])
+    return fits if len(earlier) == reached else torch.cat([fits, earlier[reached:]])
 
 
 class _Line:

@@ -118,16 +118,19 @@ class Report:
 
     def shared_errors(self, mesh: Mesh, start: int, size: int) -> list[float]:
         """The window's errors per position, equal on all ranks; 8 bytes per rank."""
-        found = self._own_errors.get(start + mesh.rank("step"))
-        mine = _relative(*found) if found else 0.0
+        norms = self._own_errors.get(start + mesh.rank("step"))
+        mine = _relative(*torch.stack(norms).tolist()) if norms else 0.0
         parts = mesh.all_gather(torch.tensor([mine], dtype=torch.float64), "step", "adaptive")
         return [float(part) for part in parts.wait()[:size]]
 
     def close(self, mesh: CountingMesh) -> None:
         """Collect the guess errors of all step ranks: 8 bytes per step and rank."""
         own = torch.zeros(self.num_steps, dtype=torch.float64)
-        for position, found in self._own_errors.items():
-            own[position] = _relative(*found)
+        if self._own_errors:
+            # Read together: one wait for the device, not two a window.
+            found = torch.stack([norm for norms in self._own_errors.values() for norm in norms])
+            for position, norms in zip(self._own_errors, found.view(-1, 2).tolist(), strict=True):
+                own[position] = _relative(*norms)
         parts = mesh.all_gather(own, "step", "report").wait()
         for window in self.windows:
             if window.size > 1 and self.walk == "replay":
@@ -139,8 +142,8 @@ class Report:
         self.network_calls = sum(mesh.calls.values())
 
 
-def _relative(error: Tensor, scale: Tensor) -> float:
-    return float(error) / max(float(scale), 1e-30)
+def _relative(error: float, scale: float) -> float:
+    return error / max(scale, 1e-30)
 
 
 def _by_phase(traffic: Traffic) -> dict[str, int]:
