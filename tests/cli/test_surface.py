@@ -6,7 +6,7 @@ SURFACE = {
     "bench attention": {"--json", "--out", "--quick", "-o"},
     "bench exactness": {"--json", "--only", "--out", "--ranks", "-o"},
     "bench families": {"--json", "--only", "--out", "--ranks", "-o"},
-    "bench links": {"--json", "--out", "--quick", "--rate", "--repeats", "-o"},
+    "bench links": {"--json", "--layouts", "--out", "--quick", "--rate", "--repeats", "-o"},
     "bench steps": {"--json", "--out", "--quick", "--repeats", "-o"},
     "bench train": {"--json", "--out", "--quick", "-o"},
     "doctor": {"--json"},

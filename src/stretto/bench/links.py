@@ -8,6 +8,7 @@ time (communication) or sleep as long as a device of a stated rate would compute
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,9 @@ from typing import Any
 
 from stretto.bench import result as document
 from stretto.bench.links_cases import (
+    FAST,
     FREE,
     NO_TIME,
-    SLOW,
     TIMED,
     Call,
     Layout,
@@ -32,6 +33,7 @@ from stretto.bench.links_cases import (
 from stretto.bench.links_nodes import HERE, Nodes, check_able, made
 from stretto.bench.links_ranks import Fleet, Timing
 from stretto.bench.links_summary import summary
+from stretto.errors import ConfigError
 from stretto.plan.moves import PASSES
 
 Say = Callable[..., None]
@@ -43,21 +45,25 @@ _LEAST_REPEATS = 3
 MOST_OTHERS = 0.25
 _NOTES = (
     "network namespaces on one machine, gloo over TCP, token buckets on both ends of every node's "
-    "interface: rates are emulated, latencies are the machine's",
+    "interface: rates are emulated, latencies are the machine's; TCP's timeouts are off, as "
+    "nothing is lost there",
     "communication: kernels take no time and compute nothing; timed compute: they sleep as long "
     "as the modelled device would compute (emulation); everything around kernels is real",
-    "slow links: the same where the machine's cores hardly count, for the plans of the headline",
+    "fast links: the same at a rate at which the machine's cores are part of the time, for the "
+    "plans of the headline",
     "seconds: from an agreed start until the last rank has ended; forward and backward start "
     "apart, total is their sum",
     "ideal: bytes through the busiest way of the busiest node's interface / rate; floor: the same "
     "plan with the links as fast as the machine, median",
     "predicted: the cost model on the emulated cluster: the limited rate, and what was measured "
-    "with all ranks at it: a rank's rate inside its node, latencies, a step without rows",
+    "with all ranks at it before any plan ran: a rank's rate inside its node, latencies, a step "
+    "without rows, rates of merging and adding, how much of the cores' work passes beside the wire",
     "cores, others: kept busy by the ranks, by other work during a repeat; repeats above "
     f"{MOST_OTHERS} of the latter are discarded where 3 quieter ones remain",
-    "plans whose ideal, or kernels, take `slow` times the least of their case are repeated "
-    "`slow_repeats` times, but for ring, StarTrail and auto; every case has its share of the "
-    "minutes, and fewer repeats, three at least, where they do not suffice",
+    "after the first round only those are repeated that took at most `near` times the fastest's "
+    "time, and those quoted; every case has its share of the minutes, and fewer repeats, three at "
+    "least, where they do not suffice",
+    "with timed compute a plan is left out whose links alone need more than the fastest took",
     "auto and a named plan that are one plan are measured once",
 )
 
@@ -65,35 +71,46 @@ _NOTES = (
 @dataclass(frozen=True, slots=True)
 class Size:
     """How much is run. `rate`: bytes/s of a node's interface, each way; `flop_rate`: of the
-    modelled device. The plans of the headline also run at `slow_rate`. `emulated` False keeps
+    modelled device. The plans of the headline also run at `fast_rate`. `emulated` False keeps
     ranks in the machine's own namespace, unlimited.
     """
 
     layouts: tuple[Layout, ...] = (Layout(2, 8), Layout(4, 4), Layout(2, 4), Layout(8, 2))
     calls: tuple[Call, ...] = (Call(8), Call(2))
     headline: tuple[Layout, Call] | None = (Layout(2, 8), Call(8))
-    rate: float = 200e6 / 8
-    slow_rate: float = 50e6 / 8
-    flop_rate: float = 7e8
+    rate: float = 20e6 / 8
+    fast_rate: float = 80e6 / 8
+    flop_rate: float = 3e7
     repeats: int = 5
-    floor_repeats: int = 2
-    slow: float = 2.0
-    slow_repeats: int = 1
-    minutes: float = 14.0
+    floor_repeats: int = 1
+    near: float = 1.15
+    minutes: float = 11.0
     emulated: bool = True
+
+    def only(self, names: Sequence[str]) -> Size:
+        """Some of the layouts, in the same minutes each. Raises ConfigError for unknown ones."""
+        kept = tuple(layout for layout in self.layouts if str(layout) in names)
+        if unknown := set(names) - {str(layout) for layout in self.layouts}:
+            raise ConfigError(
+                f"no layout {', '.join(sorted(unknown))}\n"
+                f"  to fix: any of {', '.join(map(str, self.layouts))}"
+            )
+        shares = self.shares()
+        minutes = sum(shares[layout, call] for layout in kept for call in self.calls) / 60
+        return replace(self, layouts=kept, minutes=minutes)
 
     def modes(self, layout: Layout, call: Call) -> tuple[str, ...]:
         """What is run of a case, in order."""
-        return (FREE, TIMED, SLOW) if (layout, call) == self.headline else (FREE, TIMED)
+        return (FREE, TIMED, FAST) if (layout, call) == self.headline else (FREE, TIMED)
 
     def rate_of(self, mode: str) -> float:
         """Bytes/s of a node's interface."""
-        return self.slow_rate if mode == SLOW else self.rate
+        return self.fast_rate if mode == FAST else self.rate
 
     def shares(self) -> dict[tuple[Layout, Call], float]:
         """Seconds for every case: by its bytes, and by what each of its ranks does in any case.
 
-        The headline has half as much again for its slow links.
+        The headline has half as much again for its fast links.
         """
         weights = {
             (layout, call): layout.ranks * (call.kv_heads + call.heads / 2)
@@ -106,7 +123,7 @@ class Size:
 
 
 FULL = Size()
-QUICK = Size(layouts=(Layout(2, 2),), calls=(Call(8),), repeats=2, floor_repeats=1)
+QUICK = Size(layouts=(Layout(2, 2),), calls=(Call(8),), repeats=2, minutes=1.0)
 
 
 def run(size: Size = FULL, *, say: Say | None = None, keep: Keep | None = None) -> dict[str, Any]:
@@ -122,11 +139,11 @@ def run(size: Size = FULL, *, say: Say | None = None, keep: Keep | None = None) 
         device,
         notes=list(_NOTES),
         rate_bytes_per_s=size.rate,
-        slow_rate_bytes_per_s=size.slow_rate,
+        fast_rate_bytes_per_s=size.fast_rate,
         flop_rate=size.flop_rate,
+        block_bytes=size.calls[0].block_bytes,
         repeats=size.repeats,
-        slow=size.slow,
-        slow_repeats=size.slow_repeats,
+        near=size.near,
         emulated=size.emulated,
         rates={},
     )
@@ -180,6 +197,11 @@ class _Task:
         """Seconds that links or kernels need, whichever need more."""
         return sum(max(self.ideal[name], self.kernels[name]) for name in PASSES)
 
+    @property
+    def best(self) -> float:
+        """Seconds of the fastest repeat; without any, infinite."""
+        return min(map(_total, self.times), default=math.inf)
+
 
 @dataclass(slots=True)
 class _Bench:
@@ -195,42 +217,62 @@ class _Bench:
 
     def case(self, call: Call, end: float) -> list[dict[str, Any]]:
         """Rows of every plan and mode of a call, after interleaved rounds; few after `end`."""
-        rates = self._rates()
-        self.found["rates"][str(self.layout)] = asdict(rates)
+        rates = self._rates(call)
+        self.found["rates"].setdefault(str(self.layout), {})[call.name] = asdict(rates)
         modes = self.size.modes(self.layout, call)
         tasks = [task for mode in modes for task in self._tasks(call, mode, rates)]
         self._limit(None)
-        free = [task for task in tasks if task.mode == FREE]
+        once = list({task.plan.plan: task for task in reversed(tasks)}.values())[::-1]
         # The first round opens connections and is thrown away.
         for number in range(1 + self.size.floor_repeats):
-            self._round(free, f"{call.name} floor {number}", lambda task: task.floor, number > 0)
+            for task in self._each(once, f"{call.name} floor {number}"):
+                pair = self._pair(task)
+                if number:
+                    task.floor.append(pair)
         for number in range(self.size.repeats):
             if number >= _LEAST_REPEATS and time.monotonic() > end:
                 break
             for mode in modes:
                 self._limit(self.size.rate_of(mode))
-                due = [task for task in tasks if task.mode == mode and self._due(task, tasks)]
-                self._round(due, f"{call.name} {mode} {number}", lambda task: task.times, True)
-        floors = {task.plan.plan: task.floor for task in free}
+                same = [task for task in tasks if task.mode == mode]
+                for task in self._each(same, f"{call.name} {mode} {number}"):
+                    if self._due(task, same):
+                        task.times.append(self._pair(task))
+        floors = {task.plan.plan: task.floor for task in once}
         return [
-            _row(self.layout, call, task, name, floors.get(task.plan.plan, []))
+            _row(self.layout, call, task, name, floors[task.plan.plan])
             for task in tasks
             for name in task.plan.names
+            if task.times
         ]
 
-    def _due(self, task: _Task, tasks: Sequence[_Task]) -> bool:
-        """Plans that are slow even by their ideal are repeated less often, but for those quoted."""
-        if len(task.times) < self.size.slow_repeats or task.plan.quoted:
-            return True
-        least = min(other.least for other in tasks if other.mode == task.mode)
-        return task.least <= self.size.slow * least
+    def _due(self, task: _Task, same: Sequence[_Task]) -> bool:
+        """Whether to run a plan again, or at all; `same`: those of its mode.
+
+        Once measured only those that may be the best, and those quoted. With timed compute not at
+        all what cannot be, by what its links need.
+        """
+        best = min(other.best for other in same)
+        if not task.times:
+            return task.mode != TIMED or task.least <= best
+        return task.best <= self.size.near * best or self._quoted(task, same)
+
+    def _quoted(self, task: _Task, same: Sequence[_Task]) -> bool:
+        """Whether the summary speaks of it: on the headline's layout, the faster StarTrail."""
+        if self.size.headline is None or self.layout != self.size.headline[0]:
+            return False
+        if task.mode == TIMED or not task.plan.quoted:
+            return False
+        alike = [other.best for other in same if other.plan.is_startrail]
+        return not task.plan.is_startrail or task.best == min(alike)
 
     def _tasks(self, call: Call, mode: str, rates: Rates) -> list[_Task]:
+        """The plans of a mode, ready at the ranks; those first that are predicted to be fast."""
         flop_rate = self.size.flop_rate if mode == TIMED else NO_TIME
         rate, tasks = self.size.rate_of(mode), []
         cluster = replace(rates, network=rate).cluster(self.layout, flop_rate)
         for plan in wanted(self.layout, call, cluster):
-            if mode == SLOW and not plan.quoted:
+            if mode == FAST and not plan.quoted:
                 continue
             self.numbers += 1
             context, kernel = plan.plan.cp, kernel_of(flop_rate)
@@ -240,42 +282,79 @@ class _Bench:
             ideal = {name: count / rate for name, count in crossing.items()}
             kernels = kernel_seconds(context, call, flop_rate)
             tasks.append(_Task(self.numbers, mode, plan, ideal, kernels, crossing))
-        return tasks
+        return sorted(tasks, key=lambda task: sum(task.plan.predicted.values()))
 
-    def _round(self, tasks: Sequence[_Task], what: str, into: Callable, kept: bool) -> None:
+    def _each(self, tasks: Sequence[_Task], what: str) -> Iterator[_Task]:
+        """Tasks in order, each said."""
         for done, task in enumerate(tasks):
             self.say(f"{self.layout} {what}: {task.plan.names[0]}", done, len(tasks))
-            pair = tuple(self.fleet.timed(name, task.number) for name in PASSES)
-            if kept:
-                into(task).append(pair)
+            yield task
+
+    def _pair(self, task: _Task) -> tuple[Timing, Timing]:
+        forward, backward = (self.fleet.timed(name, task.number) for name in PASSES)
+        return forward, backward
 
     def _limit(self, rate: float | None) -> None:
         if self.nodes:
             self.nodes.limit(rate)
 
-    def _rates(self) -> Rates:
+    def _rates(self, call: Call) -> Rates:
         """What the cost model needs to know of this machine."""
-        layout, block = self.layout, 2 * self.size.calls[0].block_bytes
-        sizes = {"ring_out": layout.nodes, "ring_in": layout.per_node}
-        inside = latency_inside = latency_across = 0.0
         self._limit(None)
+        layout, inside, latency_inside = self.layout, 0.0, 0.0
         if layout.per_node > 1:
-            latency_inside = self._hop(sizes, "ring_in", 64)
-            seconds = self._hop(sizes, "ring_in", block)
+            block = 2 * call.block_bytes
+            latency_inside = self._hop({"ring_in": 64})
+            seconds = self._hop({"ring_in": block})
             # Beside other work the small message may take as long as the large one.
             inside = block / max(seconds - latency_inside, seconds / 2)
         self._limit(self.size.rate)
-        if layout.nodes > 1:
-            latency_across = self._hop(sizes, "ring_out", 64)
-        launch = min(self.fleet.timed("steps", 20).seconds for _ in range(3)) / 40
-        return Rates(self.size.rate, inside, latency_inside, latency_across, launch)
+        latency_across = self._hop({"ring_out": 64}) if layout.nodes > 1 else 0.0
+        overlap = self._overlap(inside, latency_inside, latency_across)
+        step, merge_rate, add_rate = self._steps(call)
+        work = (inside, latency_inside, latency_across, step, merge_rate, add_rate)
+        return Rates(self.size.rate, *work, overlap)
 
-    def _hop(self, sizes: dict[str, int], axis: str, count: int) -> float:
+    def _hop(self, counts: dict[str, int]) -> float:
         """Seconds of a hop that all ranks make at once: the best of three runs of many."""
+        sizes = {"ring_out": self.layout.nodes, "ring_in": self.layout.per_node}
         hops = 20
-        self.fleet.timed("shift", sizes, axis, count, 2)
-        runs = [self.fleet.timed("shift", sizes, axis, count, hops) for _ in range(3)]
+        self.fleet.timed("shift", sizes, counts, 2)
+        runs = [self.fleet.timed("shift", sizes, counts, hops) for _ in range(3)]
         return min(timing.seconds for timing in runs) / hops
+
+    def _overlap(self, inside: float, latency_inside: float, latency_across: float) -> float:
+        """How much of the cores' work passes beside the wire, by hops that need as much of both.
+
+        A hop inside and one across at once: the work of the first and both latencies, and the
+        second's bytes at the limited rate.
+        """
+        if 1 in (self.layout.nodes, self.layout.per_node):
+            return 1.0
+        work = 2 * (latency_inside + latency_across)
+        count = round(inside * (work - latency_inside - latency_across))
+        across = round(work * self.size.rate / self.layout.per_node)
+        both = self._hop({"ring_in": count, "ring_out": across})
+        return min(1.0, max(0.0, (2 * work - both) / work))
+
+    def _steps(self, call: Call) -> tuple[float, float, float]:
+        """Seconds of a step without rows; bytes/s of merging forward, of adding backward."""
+        shape = (call.rows, call.heads, call.kv_heads, call.head_dim)
+        least = [self._step((1, 1, 1, 1), back=back) for back in (False, True)]
+        whole = [self._step(shape, back=back) for back in (False, True)]
+        keys = 2 * call.block_bytes * call.kv_heads // call.heads
+        counts = call.block_bytes, call.block_bytes + keys
+        rates = [
+            count / max(seconds - start, seconds / 10)
+            for count, seconds, start in zip(counts, whole, least, strict=True)
+        ]
+        return sum(least) / 2, rates[0], rates[1]
+
+    def _step(self, shape: tuple[int, int, int, int], *, back: bool) -> float:
+        """Seconds of a step that all ranks make at once."""
+        count = 20
+        runs = [self.fleet.timed("steps", count, shape, back) for _ in range(3)]
+        return min(timing.seconds for timing in runs) / count
 
 
 def _row(layout: Layout, call: Call, task: _Task, name: str, floor: list) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What `bench links` runs: node layouts, attention calls, plans, and what each must take at least.
 
-Arithmetic only. A block, the queries of one rank, is 256 KiB. Tensors are float64: that gives a
+Arithmetic only. A block, the queries of one rank, is 64 KiB. Tensors are float64: that gives a
 block the fewest elements, so the host's own arithmetic (merging, adding) weighs least; which plan
 sends how many blocks does not depend on it.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from stretto import axes
 from stretto.cluster.model import Cluster, Device, Kernel, Link, Network, Node
 from stretto.cost import attention
+from stretto.cost.attention_host import Host, SharedHost
 from stretto.cost.train import TrainEstimate, estimate
 from stretto.plan.context import named_points
 from stretto.plan.model import Plan
@@ -26,8 +27,8 @@ from stretto.workload.arch import Arch
 from stretto.workload.train import Training
 
 #: Modes: kernels that take no time; kernels that sleep as long as the model says; the first again
-#: on links so slow that the machine's own cores hardly count, for the plans that are quoted.
-FREE, TIMED, SLOW = "communication", "timed compute", "communication, slow links"
+#: on links so fast that the machine's own cores count as much, for the plans that are quoted.
+FREE, TIMED, FAST = "communication", "timed compute", "communication, fast links"
 #: FLOP/s of a kernel that takes no time.
 NO_TIME = 1e21
 
@@ -60,7 +61,7 @@ class Call:
 
     kv_heads: int
     heads: int = 8
-    rows: int = 32
+    rows: int = 8
     head_dim: int = 128
 
     @property
@@ -103,38 +104,48 @@ class Call:
 @dataclass(frozen=True, slots=True)
 class Rates:
     """Of the emulated cluster. `network`: a node's interface, bytes/s each way, as it is limited;
-    the others measured here, with all ranks at it: bytes/s of a rank inside its node, seconds of a
-    small message inside a node and between two, seconds of a step without rows.
+    the others measured here, before any plan runs, with all ranks at it: bytes/s of a rank inside
+    its node, seconds of a small message inside a node and between two; `step`, `merge_rate`,
+    `add_rate`, `overlap` as in `stretto.cost.attention_host.Host`.
     """
 
     network: float
     inside: float
     latency_inside: float
     latency_across: float
-    launch: float
+    step: float
+    merge_rate: float
+    add_rate: float
+    overlap: float
 
-    def cluster(self, layout: Layout, flop_rate: float) -> Cluster:
+    def cluster(self, layout: Layout, flop_rate: float) -> SharedHost:
         """The cluster that the cost model is asked about."""
         names = [f"n{number}" for number in range(layout.nodes)]
         inside = {"rate": self.inside, "latency": self.latency_inside, "source": "measured"}
         joined = names if layout.per_node > 1 else ()
-        return Cluster(
+        return SharedHost(
             name=f"{layout} namespaces",
             basis="measured",
-            devices={"rank": device_of(flop_rate, self.launch)},
+            devices={"rank": device_of(flop_rate)},
             nodes=tuple(Node(name=name, devices=("rank", layout.per_node)) for name in names),
             links=tuple(Link(within=name, **inside) for name in joined),
             network=Network(
                 rate=self.network, latency=self.latency_across, per="node", source="limited"
             ),
+            host=Host(
+                overlap=self.overlap,
+                step=self.step,
+                merge_rate=self.merge_rate,
+                add_rate=self.add_rate,
+            ),
         )
 
 
-def device_of(flop_rate: float, launch: float = 0.0) -> Device:
-    """The modelled device, by its matmul rate and what a step of attention takes at least."""
+def device_of(flop_rate: float) -> Device:
+    """The modelled device, by its matmul rate."""
     source = "emulated by sleeping"
     # Rates of attention kernels are known of short dtypes alone, and so not asked for here.
-    kernel = Kernel(forward=flop_rate, backward=flop_rate, launch=launch, source=source)
+    kernel = Kernel(forward=flop_rate, backward=flop_rate, source=source)
     sizes = {"memory": 2**40, "memory_rate": 1e12}
     return Device(**sizes, fp64=flop_rate, attention=kernel, source=source)
 
@@ -156,6 +167,10 @@ class Wanted:
     def quoted(self) -> bool:
         """Whether the summary speaks of it."""
         return any(re.match("ring|startrail|auto", name) for name in self.names)
+
+    @property
+    def is_startrail(self) -> bool:
+        return any(name.startswith("startrail") for name in self.names)
 
     @property
     def predicted(self) -> dict[str, float]:

@@ -39,7 +39,7 @@ from stretto.testing.ranks import PRELOAD, Axes
 _START_S = 180.0
 _ANSWER_S = 120.0
 #: Seconds between asking for a pass and its start: time for the question to arrive.
-_AHEAD_S = 0.015
+_AHEAD_S = 0.03
 _PORT = 29511
 
 
@@ -246,29 +246,46 @@ class Worker:
         return clock.read()
 
     def shift(
-        self, start: float, sizes: Mapping[str, int], axis: str, count: int, hops: int
+        self, start: float, sizes: Mapping[str, int], counts: Mapping[str, int], hops: int
     ) -> dict[str, float]:
-        """All ranks send `count` bytes to the next on the axis, `hops` times."""
+        """All ranks send `counts[axis]` bytes to the next on every axis at once, `hops` times."""
         mesh = self._mesh(sizes)
-        here, size = mesh.rank(axis), mesh.size(axis)
-        out, into = (torch.zeros(count, dtype=torch.uint8) for _ in range(2))
+        buffers = {
+            axis: [torch.zeros(count, dtype=torch.uint8) for _ in range(2)]
+            for axis, count in counts.items()
+        }
         with _Clock(start) as clock:
             for _ in range(hops):
-                sends, receives = {(here + 1) % size: out}, {(here - 1) % size: into}
-                mesh.exchange(sends, receives, axis, "rates").wait()
+                under_way = []
+                for axis, (out, into) in buffers.items():
+                    here, size = mesh.rank(axis), mesh.size(axis)
+                    sends, receives = {(here + 1) % size: out}, {(here - 1) % size: into}
+                    under_way.append(mesh.exchange(sends, receives, axis, "rates"))
+                for pending in under_way:
+                    pending.wait()
         return clock.read()
 
-    def steps(self, start: float, count: int) -> dict[str, float]:
-        """`count` steps forward and as many backward, of one row each and kernels of no time."""
-        backend, pieces = sleeping(math.inf, math.inf), [Piece((0, 1), (0, 1), "full")]
-        q, k, v, dout, out = (torch.zeros(1, 1, 1, 1, dtype=torch.float64) for _ in range(5))
+    def steps(
+        self, start: float, count: int, shape: tuple[int, int, int, int], back: bool
+    ) -> dict[str, float]:
+        """`count` steps of kernels that take no time; `shape`: rows, heads, key heads, head_dim."""
+        rows, heads, kv_heads, head_dim = shape
+        backend, pieces = sleeping(math.inf, math.inf), [Piece((0, rows), (0, rows), "full")]
+
+        def zeros(heads: int) -> Tensor:
+            return torch.zeros(rows, 1, heads, head_dim, dtype=torch.float64)
+
+        q, k, v, dout, out = map(zeros, (heads, kv_heads, kv_heads, heads, heads))
         acc, lse = accumulators(q)
-        sums = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq = torch.zeros_like(q)
         with _Clock(start) as clock:
             for _ in range(count):
-                backends.attend_(acc, lse, q, k, v, pieces, 1.0, backend)
-                given = (dout, q, k, v, out, lse, pieces, 1.0, backend)
-                backends.attend_backward_(sums, *given)
+                if not back:
+                    backends.attend_(acc, lse, q, k, v, pieces, 1.0, backend)
+                    continue
+                # Sums of keys begin anew in every step, those of queries live as long as the walk.
+                sums = dq, torch.zeros_like(k), torch.zeros_like(v)
+                backends.attend_backward_(sums, dout, q, k, v, out, lse, pieces, 1.0, backend)
         return clock.read()
 
     def _mesh(self, sizes: Mapping[str, int]) -> Mesh:

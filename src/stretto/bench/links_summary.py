@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from stretto.bench.links_cases import FREE, SLOW
+from stretto.bench.links_cases import FAST, FREE
 
 Row = dict[str, Any]
 
@@ -19,13 +19,13 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
 
     Ratios are of medians, with those of the fastest repeats beside them (`_min`).
     """
-    # On slow links not all named plans are run.
-    whole = [case for case in cases(rows) if case[0]["mode"] != SLOW]
+    # On fast links not all named plans are run.
+    whole = [case for case in cases(rows) if case[0]["mode"] != FAST]
     behind = {_name(case): auto_over_best(case) for case in whole}
     least = [auto_over_best(case, "min") for case in whole]
     predicted = [row["predicted_ms"]["total"] / _time(row) for row in rows]
     found: dict[str, Any] = {}
-    for mode, ending in ((FREE, ""), (SLOW, "_slow_links")):
+    for mode, ending in ((FREE, ""), (FAST, "_fast_links")):
         wanted = ("2x8", "MHA", mode)
         case = [row for row in rows if (row["layout"], row["heads"], row["mode"]) == wanted]
         for key, other in (("startrail", _startrail), ("auto", _auto), ("auto_keep_none", _lean)):

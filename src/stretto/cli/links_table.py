@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from stretto.bench.links_cases import FREE, SLOW
+from stretto.bench.links_cases import FAST, FREE
 from stretto.bench.links_summary import cases
 from stretto.cli.tables import print_whole, table_of
 
@@ -34,8 +34,8 @@ def show_links(result: dict[str, Any], console: Console) -> list[str]:
     """Print the tables; the lines that stand below them."""
     for case in cases(result["rows"]):
         first = case[0]
-        slow = "slow_" * (first["mode"] == SLOW)
-        megabits = result[f"{slow}rate_bytes_per_s"] * 8 / 1e6
+        fast = "fast_" * (first["mode"] == FAST)
+        megabits = result[f"{fast}rate_bytes_per_s"] * 8 / 1e6
         title = (
             f"{first['layout']} nodes x ranks, {first['heads']}, {first['mode']}, "
             f"{megabits:g} Mbit/s per node, ms; fastest first"
@@ -78,7 +78,7 @@ def _ratios(summary: dict[str, Any]) -> list[str]:
     if summary["ring_over_auto_2x8"] is None:
         return []
     lines = []
-    for mode, ending in ((FREE, ""), (SLOW, "_slow_links")):
+    for mode, ending in ((FREE, ""), (FAST, "_fast_links")):
         for key, other in _OTHERS.items():
             name = f"ring_over_{key}_2x8{ending}"
             lines.append(

@@ -1,7 +1,8 @@
 """Seconds and memory of one sequence-parallel attention, forward and backward.
 
 Seconds = exposed heads + row phases + sum over steps of max(kernel, hop) + pipeline fill. The
-last kernel has nothing to hide, so a plan never takes less than its hops and one kernel.
+last kernel has nothing to hide, so a plan never takes less than its hops and one kernel. On nodes
+that are one host its work, messages and merging, adds up beside the wires; see `attention_host`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import log2
+from typing import NamedTuple
 
 from stretto import axes
 from stretto.cluster.model import Device, Kernel
 from stretto.cost.attention_bytes import Call, Term, terms
-from stretto.cost.attention_links import Fabric, seconds
+from stretto.cost.attention_host import Cost, step_seconds
+from stretto.cost.attention_links import Fabric, cost_of
 from stretto.plan.options import Context, Gather, StarTrail
 
 #: FLOP of the backward kernel over those of the forward one: five products against two.
@@ -40,8 +43,8 @@ class Pass:
 
     @property
     def least(self) -> float:
-        """Kernels and hops hide one another completely."""
-        return self.heads + self.rows + max(self.kernels, self.hops)
+        """Kernels and hops hide one another completely; hops of two levels may one another too."""
+        return self.heads + self.rows + min(self.walk, max(self.kernels, self.hops))
 
     @property
     def most(self) -> float:
@@ -106,15 +109,17 @@ def pass_of(
     Steps after the last one with work are neither walked nor waited for where the plan prunes.
     """
     found = terms(context, call, back=back)
-    heads = sum(_all_goes(t, sizes, fabric) for t in found if t.axis == "ulysses")
-    rows = sum(_all_goes(t, sizes, fabric) for t in found if not t.hidden and t.axis != "ulysses")
+    heads = sum(_waited(t, sizes, fabric) for t in found if t.axis == "ulysses")
+    rows = sum(_waited(t, sizes, fabric) for t in found if not t.hidden and t.axis != "ulysses")
     hidden = [t for t in found if t.hidden]
     if getattr(context.schedule, "prune", False):
         used = [index for index, each in enumerate(kernels) if each > 0]
         kernels = kernels[: (used[-1] if used else 0) + 1]
         hidden = [_pruned(t, context, len(kernels)) for t in hidden]
-    walk, hops = _walk(hidden, context, kernels, fabric, sizes)
-    return Pass(heads, rows, walk, sum(kernels), hops)
+    beside = step_seconds(fabric.host, context, call, len(kernels), back=back)
+    walk = _Walk([Step(kernel, beside) for kernel in kernels], fabric)
+    seconds, hops = walk.seconds(hidden, context, sizes)
+    return Pass(heads, rows, seconds, sum(kernels) + beside * len(kernels), hops)
 
 
 def _pruned(term: Term, context: Context, steps: int) -> Term:
@@ -127,50 +132,67 @@ def _pruned(term: Term, context: Context, steps: int) -> Term:
     return Term(term.phase, term.pattern, term.axis, term.message, times, hidden=True)
 
 
-def _walk(
-    hidden: Sequence[Term],
-    context: Context,
-    kernels: Sequence[float],
-    fabric: Fabric,
-    sizes: Mapping[str, int],
-) -> tuple[float, float]:
-    """(seconds of the walk, seconds of its hops alone).
+class Step(NamedTuple):
+    """Seconds of a step: its kernel, and what the host does around it."""
 
-    An inner hop hides under one step, an outer hop under a cycle of the inner ring. What returns
-    to owners follows each step and is spread over them; the last return follows the last kernel
-    and hides under nothing.
-    """
-    inner, outer, fill = 0.0, 0.0, 0.0
-    for term in hidden:
-        last = _last(term, sizes, fabric) if term.phase == "back-owner" else 0.0
-        cost = _all_goes(term, sizes, fabric) - last
-        fill += last
-        if term.axis == "ring_out":
-            outer += cost
-        else:
-            inner += cost
-    cycle = context.inner[1] if context.two_level else len(kernels)
-    cycles = [list(kernels[at : at + cycle]) for at in range(0, len(kernels), max(cycle, 1))]
-    hops_in = sum(max(0, len(steps) - 1) for steps in cycles)
-    one_in = inner / hops_in if hops_in else inner
-    one_out = outer / (len(cycles) - 1) if len(cycles) > 1 else outer
-    seconds = 0.0
-    for steps in cycles[:-1]:
-        seconds += max(_steps(steps, one_in), one_out)
-    seconds += _steps(cycles[-1], one_in) if cycles else 0.0
-    return seconds + fill, inner + outer + fill
+    kernel: float
+    beside: float
+
+    @property
+    def seconds(self) -> float:
+        return self.kernel + self.beside
 
 
-def _steps(kernels: Sequence[float], hop: float) -> float:
-    """Each kernel beside the hop that brings the next block; nothing beside the last."""
-    return sum(max(kernel, hop) for kernel in kernels[:-1]) + (kernels[-1] if kernels else 0.0)
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """The steps of a pass, and the links that bring their blocks."""
+
+    steps: Sequence[Step]
+    fabric: Fabric
+
+    def seconds(
+        self, hidden: Sequence[Term], context: Context, sizes: Mapping[str, int]
+    ) -> tuple[float, float]:
+        """(seconds of the walk, seconds of its hops alone).
+
+        An inner hop hides under one step, an outer hop under a cycle of the inner ring. What
+        returns to owners follows each step and is spread over them; the last return follows the
+        last kernel and hides under nothing.
+        """
+        host = self.fabric.host
+        inner, outer, fill = Cost(), Cost(), 0.0
+        for term in hidden:
+            cost, goes = cost_of(term, sizes, self.fabric), _goes(term, sizes)
+            last = 1 / goes if goes and term.phase == "back-owner" and term.times else 0.0
+            fill += last * cost.seconds(host)
+            if term.axis == "ring_out":
+                outer = outer.plus(cost, term.times - last)
+            else:
+                inner = inner.plus(cost, term.times - last)
+        cycle = context.inner[1] if context.two_level else len(self.steps)
+        cycles = [self.steps[at : at + cycle] for at in range(0, len(self.steps), max(cycle, 1))]
+        hops_in = sum(max(0, len(steps) - 1) for steps in cycles)
+        one_in, one_out = inner.over(max(hops_in, 1)), outer.over(max(len(cycles) - 1, 1))
+        seconds = sum(self._crossed(self._hidden(steps, one_in), one_out) for steps in cycles[:-1])
+        seconds += self._hidden(cycles[-1], one_in) if cycles else 0.0
+        return seconds + fill, inner.seconds(host) + outer.seconds(host) + fill
+
+    def _hidden(self, steps: Sequence[Step], hop: Cost) -> float:
+        """Each kernel beside the hop that brings the next block; nothing beside the last."""
+        host = self.fabric.host
+        seconds = sum(max(step.seconds, hop.seconds(host, step.beside)) for step in steps[:-1])
+        return seconds + (steps[-1].seconds if steps else 0.0)
+
+    def _crossed(self, cycle: float, hop: Cost) -> float:
+        """A cycle of the inner ring beside the hop between nodes, whose work is the host's."""
+        return max(cycle + hop.work, hop.seconds(self.fabric.host))
 
 
-def _last(term: Term, sizes: Mapping[str, int], fabric: Fabric) -> float:
-    """One message of a return: what is under way when the last kernel has ended."""
-    goes = max(1, axes.size(term.axis, sizes) - 1) if term.pattern == "exchange" else 1
-    return seconds(term, sizes, fabric) / goes if term.times else 0.0
+def _goes(term: Term, sizes: Mapping[str, int]) -> int:
+    """Messages that one rank sends in one go."""
+    return max(1, axes.size(term.axis, sizes) - 1) if term.pattern == "exchange" else 1
 
 
-def _all_goes(term: Term, sizes: Mapping[str, int], fabric: Fabric) -> float:
-    return term.times * seconds(term, sizes, fabric)
+def _waited(term: Term, sizes: Mapping[str, int], fabric: Fabric) -> float:
+    """Seconds of a term under which nothing hides."""
+    return term.times * cost_of(term, sizes, fabric).seconds(fabric.host)

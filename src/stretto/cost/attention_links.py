@@ -1,7 +1,8 @@
 """Which links carry the messages of sequence-parallel attention, and how long that takes.
 
 Seconds of equal messages at once: the most loaded device or network interface, messages x latency
-+ bytes / rate, in and out counted apart. In-node links and the network work side by side.
++ bytes / rate, in and out counted apart. In-node links and the network work side by side, but on
+nodes that are one host: there in-node messages and latencies are work of its cores.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import lru_cache
 from stretto import axes
 from stretto.cluster.model import Cluster, Link, Network
 from stretto.cost.attention_bytes import Term
+from stretto.cost.attention_host import Cost, Host, SharedHost, arriving
 from stretto.errors import ConfigError
 
 Sizes = tuple[tuple[str, int], ...]
@@ -39,29 +41,33 @@ class Load:
 class Fabric:
     """The links of a cluster as attention sees them: the slowest inside nodes, and the network.
 
-    `per_node`: devices of a node share one interface. `nodes`: the node of each device.
+    `per_node`: devices of a node share one interface. `nodes`: the node of each device. `host`:
+    of nodes that share one machine's cores, None where devices move bytes themselves.
     """
 
     inside: Link | None
     network: Network | None
     nodes: tuple[int, ...]
+    host: Host | None = None
 
     @property
     def per_node(self) -> bool:
         return self.network is not None and self.network.per == "node"
 
-    def seconds(self, load: Load, message: int) -> float:
+    def cost(self, load: Load, message: int) -> Cost:
         """Until the last of equal messages has arrived."""
-        inside = across = 0.0
+        inside = latency = wire = 0.0
         if load.in_node:
             assert self.inside is not None, "devices of one node have a link"
             half = 2 if self.inside.duplex == "half" else 1
             inside = load.in_node * (self.inside.latency + half * message / self.inside.rate)
         if load.network:
             assert self.network is not None, "devices of two nodes have a network"
-            across = load.latent * self.network.latency
-            across += load.network * message / self.network.rate
-        return max(inside, across)
+            latency = load.latent * self.network.latency
+            wire = load.network * message / self.network.rate
+        if self.host is None:
+            return Cost(wire=max(inside, latency + wire))
+        return Cost(work=inside + latency, wire=wire)
 
 
 def fabric_of(cluster: Cluster) -> Fabric:
@@ -77,12 +83,17 @@ def fabric_of(cluster: Cluster) -> Fabric:
     if len(names) > 1 and network is None:
         raise ConfigError(f"{cluster.name}: {len(names)} nodes, and nothing joins them")
     slowest = min(inside, key=lambda link: link.rate, default=None)
-    return Fabric(slowest, network, tuple(names.index(node) for node, _ in cluster.places))
+    places = tuple(names.index(node) for node, _ in cluster.places)
+    host = cluster.host if isinstance(cluster, SharedHost) else None
+    return Fabric(slowest, network, places, host)
 
 
-def seconds(term: Term, sizes: Mapping[str, int], fabric: Fabric) -> float:
+def cost_of(term: Term, sizes: Mapping[str, int], fabric: Fabric) -> Cost:
     """One go of a term's messages; `term.times` of them follow one another."""
-    return fabric.seconds(load_of(term, sizes, fabric), term.message)
+    cost = fabric.cost(load_of(term, sizes, fabric), term.message)
+    if fabric.host is None:
+        return cost
+    return cost._replace(work=cost.work + arriving(term, sizes, fabric.host))
 
 
 def load_of(term: Term, sizes: Mapping[str, int], fabric: Fabric) -> Load:
