@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from stretto.errors import PlanMismatch, UnsupportedModel
+from stretto.errors import ConfigError, PlanMismatch, UnsupportedModel
 from stretto.parallel import sdpa
 from stretto.parallel.context import Attention, Binding, check_degree
 from stretto.plan.context import Context, of_sequence
@@ -23,11 +23,15 @@ if TYPE_CHECKING:
     from stretto.plan.model import Plan
 
 
+#: Under this name a bound model holds its handle: what is bound stays so while nobody keeps that.
+_HANDLE = "_stretto_handle"
+
+
 class Parallelized:
     """A model under a plan. Leaving the `with` block, or `undo()`, restores it.
 
-    `bound` names the modules whose attention runs over `mesh`; empty for a model of transformers
-    that was not examined.
+    Until then the model stays bound, whether or not this handle is kept. `bound` names the modules
+    whose attention runs over `mesh`; empty for a model of transformers that was not examined.
     """
 
     def __init__(
@@ -37,6 +41,12 @@ class Parallelized:
         self.mesh = mesh
         self.bound = tuple(bound)
         self._stack = stack
+        # Past nn.Module's own attributes: a handle is no part of the model's state.
+        model.__dict__[_HANDLE] = self
+
+    def __deepcopy__(self, memo: dict) -> Parallelized:
+        """Of a copied model the modules are copies, and what undoes the original is not."""
+        return self
 
     def __enter__(self) -> Parallelized:
         return self
@@ -46,6 +56,8 @@ class Parallelized:
 
     def undo(self) -> None:
         """Restore the model; a second call does nothing."""
+        if self.model.__dict__.get(_HANDLE) is self:
+            del self.model.__dict__[_HANDLE]
         self._stack.close()
 
 
@@ -61,8 +73,16 @@ def parallelize(
     and ignored positions: for models of transformers a few short forward passes.
 
     Returns a handle that is a context manager and has `undo()`. Raises PlanMismatch when plan and
-    mesh differ, UnsupportedModel, naming the module and the reason, for what would not be exact.
+    mesh differ, UnsupportedModel, naming the module and the reason, for what would not be exact,
+    ConfigError for what is no module or no mesh.
     """
+    if not isinstance(model, nn.Module):
+        what = "the class, not a model" if isinstance(model, type) else "no torch module"
+        raise ConfigError(
+            f"model={model!r} is {what}\n"
+            "  why: attention is found in, and bound to, the modules of a model that exists\n"
+            "  to fix: a torch.nn.Module; for a pipeline of diffusers stretto.parallelized"
+        )
     context = _context(plan)
     check_degree(context, mesh)
     binding = Binding(mesh, context)

@@ -42,7 +42,8 @@ def shard(
     dropped. `causal` decides an `auto` layout.
 
     The loss of each rank is then its share: the sum over ranks is the mean over the batch.
-    Raises ShapeError for documents that do not sum to the length, UnsupportedModel for padding.
+    Raises ShapeError for documents that do not sum to the length and for what is no batch,
+    UnsupportedModel for padding, ConfigError for what is no mesh.
     """
     lengths = ranges.packed(documents)
     mask = ranges.Mask(causal=causal, documents=lengths)
@@ -50,12 +51,17 @@ def shard(
     if isinstance(batch, torch.Tensor):
         rows = _rows(_length(batch, "the tensor"), mesh, context, mask, batch.device)
         return _cut(batch, rows)
+    if not isinstance(batch, Mapping):
+        raise ShapeError(
+            f"the batch is a {type(batch).__name__}\n"
+            "  to fix: a tensor (batch, tokens, ...), or a mapping with input_ids or inputs_embeds"
+        )
     whole = dict(batch)
     tokens = _tokens(whole)
     rows = _rows(tokens, mesh, context, mask, _device(whole))
     refuse_padding(whole.pop("attention_mask", None))
     if whole.get("labels") is not None and "shift_labels" not in whole:
-        whole |= _targets(whole["labels"], lengths)
+        whole |= _targets(_labels(whole["labels"], tokens), lengths)
     if "position_ids" not in whole:
         whole["position_ids"] = _positions(tokens, lengths, _device(whole))
     own = {
@@ -103,6 +109,16 @@ def _rows(tokens: int, mesh: Mesh, plan: Context, mask: ranges.Mask, device) -> 
 def _positions(tokens: int, documents: tuple[int, ...] | None, device) -> torch.Tensor:
     lengths = (tokens,) if documents is None else documents
     return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+
+
+def _labels(labels: Any, tokens: int) -> torch.Tensor:
+    if _length(labels, "labels") != tokens:
+        raise ShapeError(
+            f"labels of {labels.shape[1]} tokens beside inputs of {tokens}\n"
+            "  why: a label stands at its own token; shard shifts them\n"
+            "  to fix: labels as long as the inputs, -100 where none counts"
+        )
+    return labels
 
 
 def _targets(labels: torch.Tensor, documents: tuple[int, ...] | None) -> dict[str, torch.Tensor]:

@@ -9,18 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from stretto.errors import PlanMismatch, ShapeError, UnsupportedModel
+from stretto.errors import ConfigError, PlanMismatch, ShapeError, UnsupportedModel
+from stretto.mesh.mesh import Mesh
 from stretto.plan.context import Context
 from stretto.plan.ranges import Mask, Spans, packed, resolve_layout, shard
-
-if TYPE_CHECKING:
-    from stretto.mesh.mesh import Mesh
 
 
 def _even(rows: tuple[int, ...]) -> bool:
@@ -63,7 +61,16 @@ def own_rows(tokens: int, mesh: Mesh, plan: Context, mask: Mask) -> Spans:
 
 
 def check_degree(plan: Context, mesh: Mesh) -> None:
-    """Raise PlanMismatch unless the plan is over as many ranks as the mesh's cp axis has."""
+    """Raise PlanMismatch unless the plan is over as many ranks as the mesh's cp axis has.
+
+    ConfigError for what is no mesh.
+    """
+    if not isinstance(mesh, Mesh):
+        raise ConfigError(
+            f"mesh={mesh!r} is a {type(mesh).__name__}, no Mesh\n"
+            f"  why: the {plan.degree} rank(s) of {plan.short()} meet on it\n"
+            "  to fix: mesh=stretto.init_mesh(plan), on one rank too"
+        )
     if mesh.size("cp") != plan.degree:
         raise PlanMismatch(
             f"{plan.short()} is over {plan.degree} ranks, the mesh's cp axis has "
