@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from stretto.errors import ConfigError, NonFinite
+from stretto.errors import ConfigError, NonFinite, PlanMismatch
 from stretto.mesh.local import LocalWorld
 from stretto.plan.model import Plan
-from stretto.plan.options import Data
+from stretto.plan.options import Context, Data
 from stretto.train import checkpoint, shards
 from stretto.train.descent import rate_at
 from stretto.train.events import Saved, Stepped, Validated
@@ -247,3 +247,11 @@ def test_event_kinds_of_a_job(data, tmp_path):
     }
     assert outcome.tokens_per_second > 0
     assert outcome.mfu(1) > 0
+
+
+@pytest.mark.parametrize("dp", [Data(replicate=2, shard=2), Data(replicate=4)])
+def test_copies_of_the_weights_are_refused_before_ranks_start(dp):
+    plan = Plan(kind="train", dp=dp, cp=Context(ring=2))
+    with pytest.raises(PlanMismatch, match=r"over all 8 ranks[\s\S]*shard: 4\}"):
+        Job(recipe=recipe(None), plan=plan)
+    Job(recipe=recipe(None), plan=Plan(kind="train", dp=Data(shard=4), cp=Context(ring=2)))

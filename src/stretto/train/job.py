@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 import stretto
-from stretto.errors import ConfigError, MeshTimeout, RankLost, RanksDisagree
+from stretto.errors import ConfigError, MeshTimeout, PlanMismatch, RankLost, RanksDisagree
 from stretto.mesh.engine import torch_mesh
 from stretto.mesh.join import init_mesh
 from stretto.mesh.launch import Tell
@@ -63,6 +63,21 @@ class Job:
     until: int | None = None
     device: str | None = None
     timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        check_copies(self.plan)
+
+
+def check_copies(plan: Plan) -> None:
+    """Raise PlanMismatch where a plan asks for copies of the weights, which nothing here keeps."""
+    data, world = plan.dp, plan.world_size
+    if data.replicate > 1:
+        raise PlanMismatch(
+            f"dp: replicate {data.replicate} x shard {data.shard} asks for {data.replicate} copies "
+            f"of the weights\n"
+            f"  why: the trainer spreads weights over all {world} ranks, one copy in all\n"
+            f"  to fix: dp: {{shard: {data.degree}}}, the same ranks, samples and gradients"
+        )
 
 
 @dataclass(slots=True)
