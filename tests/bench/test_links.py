@@ -69,9 +69,7 @@ def test_without_iproute2_it_says_what_to_install(monkeypatch):
         links_nodes.check_able()
 
 
-@pytest.mark.parametrize(
-    "flags", [["--rate", "0"], ["--repeats", "0"], ["--rate", "fast"]]
-)
+@pytest.mark.parametrize("flags", [["--rate", "0"], ["--repeats", "0"], ["--rate", "fast"]])
 def test_flags_that_make_no_sense(flags, tmp_path, capsys):
     assert main(["bench", "links", "--out", str(tmp_path / "l.json"), *flags]) == 2
     assert flags[0] in capsys.readouterr().err

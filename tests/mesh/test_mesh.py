@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from stretto.errors import LaunchError, MeshTimeout, PlanMismatch, RankLost
+from stretto.errors import ConfigError, LaunchError, MeshTimeout, PlanMismatch, RankLost
 from stretto.mesh.count import CountingMesh
 from stretto.mesh.join import init_mesh
 from stretto.mesh.local import LocalWorld
@@ -149,3 +149,18 @@ def verbs_alone(mesh):
 def test_more_degrees_than_ranks():
     with pytest.raises(PlanMismatch, match="needs 4 ranks but this process was started alone"):
         init_mesh(Axes(SIZES))
+
+
+@pytest.mark.parametrize(
+    ("plan", "options", "error", "words"),
+    [
+        (None, {}, PlanMismatch, "is a NoneType"),
+        ("ring4", {}, PlanMismatch, "is a str"),
+        (Axes({}), {"timeout_s": 0}, ConfigError, "timeout_s=0"),
+        (Axes({}), {"timeout_s": "9"}, ConfigError, "timeout_s='9'"),
+        (Axes({}), {"device": "gpu"}, ConfigError, "device 'gpu'"),
+    ],
+)
+def test_what_makes_no_mesh_is_named(plan, options, error, words):
+    with pytest.raises(error, match=words):
+        init_mesh(plan, **options)

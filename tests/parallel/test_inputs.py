@@ -161,6 +161,13 @@ Q, K = rows(4, 8, 16), rows(2, 8, 16)
         {"backend": "fastest"},
         {"backend": None},
         {"sinks": torch.zeros(3)},
+        {"sinks": [0.0] * 4},
+        {"q": None},
+        {"k": K.numpy()},
+        {"mesh": "cuda"},
+        {"causal": "yes"},
+        {"attn_mask": "causal"},
+        {"dropout_p": "0.1"},
     ],
     ids=lambda changes: " ".join(changes),
 )

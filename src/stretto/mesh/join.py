@@ -46,6 +46,17 @@ def init_mesh(
     sequences, else gloo. Raises PlanMismatch when degrees and ranks differ, ConfigError for a
     carrier that cannot.
     """
+    if not isinstance(getattr(plan, "sizes", None), Mapping):
+        raise PlanMismatch(
+            f"plan {plan!r} is a {type(plan).__name__}; expected a Plan or a Context\n"
+            "  to fix: Plan(cp=...), or Plan() for one rank"
+        )
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or timeout_s <= 0:
+        raise ConfigError(f"timeout_s={timeout_s!r}: seconds that a wait may last, above 0")
+    try:
+        device = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device {device!r} is unknown to torch; give cpu or cuda:0") from None
     if carrier not in CARRIERS:
         raise ConfigError(f"carrier {carrier!r} is unknown; known are {', '.join(CARRIERS)}")
     wanted = axes.world_size(plan.sizes)

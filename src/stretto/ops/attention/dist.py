@@ -77,6 +77,8 @@ def attention(
     if sinks is not None:
         check_sinks(sinks, q)
     context = _context(mesh, plan)
+    if not isinstance(causal, bool):
+        raise ConfigError(f"causal={causal!r}: expected True or False")
     mask = Mask(causal=causal, window=window, q_offset=q_offset, documents=packed(documents))
     shapes = (q.shape[0], q.shape[1], k.shape[1], q.shape[3])
     context.check_heads(q.shape[1], k.shape[1])
@@ -151,14 +153,15 @@ def _ending_peers(mesh: Mesh | None, what: str):
 
 def _refuse(attn_mask: Tensor | None, dropout_p: float, scale: object) -> None:
     if attn_mask is not None:
+        shape = tuple(getattr(attn_mask, "shape", ())) or type(attn_mask).__name__
         raise UnsupportedModel(
-            f"attn_mask of shape {tuple(attn_mask.shape)}: a dense mask cannot be split exactly "
+            f"attn_mask of shape {shape}: a dense mask cannot be split exactly "
             "without sending it around\n"
             "  to fix: causal=True, window=..., and documents=(lengths) for padding and packing"
         )
     if dropout_p:
         raise UnsupportedModel(
-            f"dropout_p={dropout_p:g}: dropout masks of sequence-parallel attention would depend "
+            f"dropout_p={dropout_p}: dropout masks of sequence-parallel attention would depend "
             "on the plan\n  to fix: attention dropout 0, and dropout after the output projection"
         )
     if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
@@ -188,6 +191,12 @@ def _check_threads(mesh: Mesh | None, q: Tensor) -> None:
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in zip("qkv", (q, k, v), strict=True):
+        if not isinstance(x, Tensor):
+            raise ShapeError(
+                f"{name} is a {type(x).__name__}, no tensor\n"
+                "  to fix: tensors of (batch, heads, rows, head dim); torch.as_tensor makes them"
+            )
     if not q.ndim == k.ndim == v.ndim == 4:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ShapeError(f"q, k, v have shapes {shapes}; expected (batch, heads, rows, head dim)")
@@ -224,6 +233,11 @@ def _context(mesh: Mesh | None, plan: Context | None) -> Context:
                 "pass mesh=init_mesh(plan), or no plan for one rank"
             )
         return context or _ALONE
+    if not isinstance(mesh, Mesh):
+        raise ConfigError(
+            f"mesh={mesh!r} is a {type(mesh).__name__}, no Mesh\n"
+            "  to fix: mesh=stretto.init_mesh(plan), or None for one rank"
+        )
     sizes = {axis: mesh.size(axis) for axis in _ALONE.sizes}
     if context is None:
         return _described(sizes)

@@ -19,6 +19,10 @@ from stretto.ops.attention.rank import Saved
 
 def check(sinks: Tensor, q: Tensor) -> None:
     """Raise ShapeError unless there is one sink per query head, on its device."""
+    if not isinstance(sinks, Tensor):
+        raise ShapeError(
+            f"sinks are a {type(sinks).__name__}; expected a tensor of {q.shape[1]} logits"
+        )
     if sinks.shape != (q.shape[1],) or sinks.device != q.device:
         raise ShapeError(
             f"sinks have shape {tuple(sinks.shape)} on {sinks.device}; expected one per query "
