@@ -96,7 +96,10 @@ def none_wrong(result: Result) -> Found:
 
 
 def published(result: Result) -> Found | None:
-    """The best loop of ours beside the published claim, where as many devices took part."""
+    """The best loop of ours beside the published claim, where as many devices took part.
+
+    The target was set on a slice while all work, which is what a device of its own is like.
+    """
     claim = result.get("published_claim")
     ours = [row for row in result["rows"] if "tail" in row["who"] and "speedup" in row]
     ranks = len(ours[0]["bytes_per_rank"]) if ours else 0
@@ -105,7 +108,7 @@ def published(result: Result) -> Found | None:
     best = max(ours, key=lambda row: row["speedup"]["loop_vs_alone"])
     alone, working = (best["speedup"][f"loop_vs_{load}"] for load in ("alone", "working"))
     words = f"{alone:.2f}x alone, {working:.2f}x working ({best['who']})"
-    return f"{words}; published {claim['speedup']:.2f}x", alone >= claim["speedup"]
+    return f"{words}; published {claim['speedup']:.2f}x", working >= claim["speedup"]
 
 
 def over_published_schedule(result: Result) -> Found | None:
@@ -239,7 +242,7 @@ TARGETS = (
         "all",
         at_equal_depth,
     ),
-    Target("diffusion/steps-slices", "Published speed-up reached on slices", ">= it", published),
+    Target("diffusion/steps-slices", "Published speed-up on slices", ">= it, working", published),
     Target(
         "diffusion/steps-slices",
         "Ours over the published schedule",
