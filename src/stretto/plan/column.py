@@ -128,9 +128,14 @@ class Column:
         return union([self.needs(o, i, block) for i in range(self.inner)])
 
     def held(self, o: int, i: int, x: int, y: int) -> Spans:
-        """Rows of its block that the rank at (o, i) holds: those it or a later holder needs."""
+        """Rows of its block that the rank at (o, i) holds: those it or a later holder needs.
+
+        A rank sets out with its own block, all of it, also where nobody needs some of its rows.
+        """
         block = self.block(o, i, x, y)
-        return self._journey(block)[x, y] if self.prune else self.keys[block]
+        if not self.prune or (x, y) == (0, 0):
+            return self.keys[block]
+        return self._journey(block)[x, y]
 
     def _journey(self, block: int) -> dict[tuple[int, int], Spans]:
         """Rows of a block that arrive at every turn and step of its way, from the end back."""

@@ -82,6 +82,24 @@ def test_64_ranks(name):
     check(Context.named(name, 64), Inputs(130, heads=(8, 8), head_dim=4, mask=CAUSAL))
 
 
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        Inputs(2, 5, heads=(12, 4), mask=Mask(causal=True, window=1, q_offset=3)),
+        Inputs(20, 45, heads=(12, 4), mask=Mask(causal=True, window=3, q_offset=25)),
+        Inputs(20, 45, heads=(12, 4), mask=Mask(window=4, q_offset=10)),
+        Inputs(20, 45, heads=(12, 4), mask=Mask(causal=True, q_offset=5)),
+        Inputs(9, 5, heads=(12, 4), mask=Mask(window=2, q_offset=0)),
+    ],
+    ids=["two rows", "causal window", "band", "keys after all queries", "queries after all keys"],
+)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_keys_that_no_query_sees(ranks, inputs):
+    """A rank sets out with all of its keys, so pieces must count the rows nobody needs too."""
+    for context in named_points(ranks, 12, 4).values():
+        check(context, inputs)
+
+
 # ---- levels, movement, keeping -----------------------------------------------------------------
 
 TWO_LEVEL = {
