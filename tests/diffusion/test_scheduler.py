@@ -26,6 +26,17 @@ def test_host_times_follow_a_new_grid():
     assert int(times.on_host(second[1], second)) == 20
 
 
+def test_a_grid_is_read_once_and_again_when_it_was_written_into():
+    times = HostTimes()
+    grid = torch.tensor([3.0, 2.0, 1.0])
+    assert times.read(grid) is times.read(grid)
+    grid.mul_(2)
+    assert times.read(grid).tolist() == [6, 4, 2]
+    assert float(times.on_host(grid[0], grid)) == 6
+    assert times.read([5, 4]).tolist() == [5, 4]
+    assert not len(times.read(None))
+
+
 class Scheduler:
     """What the port asks of a scheduler, with a history."""
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stretto.diffusion.kept import version_of
 from stretto.diffusion.randomness import Randomness
-from stretto.diffusion.scheduler import StepCall, extras_of, sample_of, version_of
+from stretto.diffusion.scheduler import StepCall, extras_of, sample_of
 
 
 class Handover:

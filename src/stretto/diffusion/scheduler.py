@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stretto.diffusion.kept import Kept, version_of
 from stretto.errors import UnsupportedPipeline
 
 #: Prediction types whose relation to flow velocity is known.
@@ -75,6 +76,7 @@ class SchedulerPort:
         self._last_result: Any = None
         self._kept: dict[int, Kept] = {}
         self._times = HostTimes()
+        self._levels: np.ndarray | None = None
 
     def bind(self, *args: Any, **kwargs: Any) -> StepCall:
         return StepCall(self.signature.bind(*args, **kwargs))
@@ -126,14 +128,25 @@ class SchedulerPort:
     def _own(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self.scheduler).items() if k not in WRAPPED}
 
+    def read_grid(self) -> None:
+        """Fetch timesteps and noise levels to the host, before work is queued they would wait for.
+
+        A GPU stood idle for 4 ms after the first step (H100), while the host, which had waited for
+        it, walked the guesses of the first window.
+        """
+        grid = self._times.read(getattr(self.scheduler, "timesteps", None))
+        self._levels = _sigmas(self.scheduler, grid)
+
     def position(self, timestep: Any) -> int:
         """Index in `scheduler.timesteps` of a step that was just taken at `timestep`."""
         index = getattr(self.scheduler, "step_index", None)
         if index is not None:
             return int(index) - 1
-        grid = torch.as_tensor(self.scheduler.timesteps).flatten().double().cpu()
+        grid = self.scheduler.timesteps
+        if isinstance(timestep, Tensor):
+            timestep = self._times.on_host(timestep, grid)
         here = torch.as_tensor(timestep).flatten()[:1].double().cpu()
-        matches = (grid == here).nonzero().flatten()
+        matches = (self._times.read(grid).flatten().double() == here).nonzero().flatten()
         return int(matches[0]) if len(matches) else 0
 
     def noise(self, first: int, num_steps: int) -> list[float]:
@@ -142,8 +155,10 @@ class SchedulerPort:
         Flow schedulers: s = sigma. Others: sigma / (1 + sigma), sigma = sqrt((1-a)/a) where only
         alphas_cumprod exists.
         """
-        sigmas = _sigmas(self.scheduler)
-        grid = [float(s) for s in sigmas[first : first + num_steps + 1]]
+        if self._levels is None:
+            self.read_grid()
+        assert self._levels is not None, "the grid was read"
+        grid = [float(s) for s in self._levels[first : first + num_steps + 1]]
         grid += [0.0] * (num_steps + 1 - len(grid))
         if not _is_flow(self.scheduler):
             grid = [s / (1.0 + s) for s in grid]
@@ -177,15 +192,27 @@ class HostTimes:
 
     def __init__(self) -> None:
         self._grid: Tensor | None = None
-        self._values: list[Tensor] = []
+        self._version: int | None = None
+        self._host = torch.empty(0)
+        self._values: tuple[Tensor, ...] = ()
+
+    def read(self, grid: Any) -> Tensor:
+        """A grid on the host, of the device's once only; empty for None."""
+        if not isinstance(grid, Tensor):
+            return torch.as_tensor([] if grid is None else grid)
+        if grid is not self._grid or version_of(grid) != self._version:
+            self._grid, self._version = grid, version_of(grid)
+            self._host = grid.detach().cpu()
+            self._values = self._host.unbind() if grid.ndim == 1 else ()
+        return self._host
 
     def on_host(self, time: Tensor, grid: Any) -> Tensor:
         """The same value on the host if `time` is an item of `grid`, or of the grid seen before.
 
         An item is known by its memory, so a pipeline's own timesteps come back as they are.
         """
-        if isinstance(grid, Tensor) and grid is not self._grid and _shares(time, grid):
-            self._grid, self._values = grid, list(grid.cpu().unbind())
+        if isinstance(grid, Tensor) and _shares(time, grid):
+            self.read(grid)
         if self._grid is None or not _shares(time, self._grid):
             return time
         return self._values[time.storage_offset() - self._grid.storage_offset()]
@@ -221,28 +248,6 @@ def _with_sample(result: Any, sample: Tensor) -> Any:
     return type(result)(**fields)
 
 
-def version_of(tensor: Tensor) -> int | None:
-    """A count of writes into a tensor; None in inference mode, which keeps none."""
-    return None if tensor.is_inference() else tensor._version
-
-
-class Kept:
-    """A tensor of a scheduler's state as it was: a copy, needed only if it is written into."""
-
-    def __init__(self, tensor: Tensor):
-        self._tensor = tensor
-        self._version = version_of(tensor)
-        self._copy = tensor.clone()
-
-    @property
-    def is_untouched(self) -> bool:
-        return self._version is not None and version_of(self._tensor) == self._version
-
-    def restored(self) -> Tensor:
-        """The tensor itself while it holds what it held, else a copy."""
-        return self._tensor if self.is_untouched else self._copy.clone()
-
-
 def _mapped(change: Callable[[Any], Any], kind: type, value: Any) -> Any:
     """A value with `change` made to the items of a kind, containers and arrays copied."""
     if isinstance(value, kind):
@@ -265,10 +270,10 @@ def _is_flow(scheduler: Any) -> bool:
     )
 
 
-def _sigmas(scheduler: Any) -> np.ndarray:
-    """Noise levels aligned with `scheduler.timesteps`, one more than those where known."""
+def _sigmas(scheduler: Any, grid: Tensor) -> np.ndarray:
+    """Noise levels aligned with `grid`, the timesteps; one more than those where known."""
     sigmas = getattr(scheduler, "sigmas", None)
-    timesteps = torch.as_tensor(scheduler.timesteps).double().cpu().numpy().reshape(-1)
+    timesteps = grid.double().numpy().reshape(-1)
     if sigmas is not None and len(sigmas) >= len(timesteps):
         return torch.as_tensor(sigmas).double().cpu().numpy()
     alphas = getattr(scheduler, "alphas_cumprod", None)

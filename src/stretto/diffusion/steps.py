@@ -143,6 +143,7 @@ class StepRun:
         if not self._call_counts:
             self.mesh.record(f"window {self.window.index}: evaluating step {self.position}")
             if self.position == 0:
+                self.port.read_grid()
                 exchange.check_start(self.mesh.mesh, call.args, call.kwargs)
         call.index = self._call_counts[call.module]
         self._call_counts[call.module] += 1
