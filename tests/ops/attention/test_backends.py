@@ -128,6 +128,17 @@ def test_every_kind_against_the_specification(name, device, dtype, kind, heads, 
     assert found[0].dtype == dtype
 
 
+@pytest.mark.parametrize("kind", ["full", "causal", "anticausal"])
+@pytest.mark.parametrize(("name", "device", "dtype"), CASES)
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+def test_scales_that_are_not_positive(name, device, dtype, kind, scale, monkeypatch):
+    """torch's kernels multiply -inf by the scale: NaN, or hidden keys that hide all others."""
+    monkeypatch.setattr(f"{__name__}.SCALE", scale)
+    case = Case(21, 21, dtype, device)
+    exact, base = case.exact(seen(kind, 21, 21, device))
+    check(everything(case, kind, backends.choose(device, dtype, 8, name)), exact, base)
+
+
 @pytest.mark.parametrize(("name", "device", "dtype"), CASES)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1)])
 def test_single_rows_and_keys(name, device, dtype, shape):

@@ -13,6 +13,9 @@ Source: `_scaled_dot_product_*` of torch 2.11 and 2.13.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -23,6 +26,39 @@ _ATEN = torch.ops.aten
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
+def _signed_forward(kernel: Callable[..., tuple[Tensor, Tensor]]):
+    """The kernel for any scale: they hide keys by -inf first and multiply by the scale then.
+
+    Zero would make NaN of hidden keys, a negative number the greatest scores. So the sign goes to
+    the queries.
+    """
+
+    @functools.wraps(kernel)
+    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float):
+        if scale > 0:
+            return kernel(q, k, v, causal, scale)
+        sign = -1 if scale < 0 else 0
+        return kernel(q * sign, k, v, causal, -scale or 1.0)
+
+    return forward
+
+
+def _signed_backward(kernel: Callable[..., Gradients]):
+    """Its gradients, those of queries by the same sign."""
+
+    @functools.wraps(kernel)
+    def backward(dout: Tensor, q: Tensor, *others):
+        *tensors, causal, scale = others
+        if scale > 0:
+            return kernel(dout, q, *tensors, causal, scale)
+        sign = -1 if scale < 0 else 0
+        dq, dk, dv = kernel(dout, q * sign, *tensors, causal, -scale or 1.0)
+        return dq * sign, dk, dv
+
+    return backward
+
+
+@_signed_forward
 def cpu_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -30,6 +66,7 @@ def cpu_forward(
     return _ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
 
 
+@_signed_backward
 def cpu_backward(
     dout: Tensor,
     q: Tensor,
@@ -46,6 +83,7 @@ def cpu_backward(
     )
 
 
+@_signed_forward
 def flash_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -54,6 +92,7 @@ def flash_forward(
     return found[0], found[1]
 
 
+@_signed_backward
 def flash_backward(
     dout: Tensor,
     q: Tensor,
@@ -73,6 +112,7 @@ def flash_backward(
     )
 
 
+@_signed_forward
 def cudnn_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -89,6 +129,7 @@ def cudnn_forward(
     return found[0], found[1].squeeze(-1)
 
 
+@_signed_backward
 def cudnn_backward(
     dout: Tensor,
     q: Tensor,
@@ -115,6 +156,7 @@ def cudnn_backward(
     )
 
 
+@_signed_forward
 def efficient_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -127,6 +169,7 @@ def efficient_forward(
     return found[0], found[1].narrow(-1, 0, q.shape[2])
 
 
+@_signed_backward
 def efficient_backward(
     dout: Tensor,
     q: Tensor,
