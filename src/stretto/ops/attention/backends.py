@@ -234,19 +234,40 @@ def attend_backward_(
     pieces: Sequence[Piece],
     scale: float,
     backend: Backend,
+    *,
+    begun: tuple[bool, bool, bool] = (True, True, True),
 ) -> None:
     """Add the gradients of `pieces` to `sums` (dq, dk, dv), in place.
 
     The sums have the shapes of q, k and v and any floating dtype; float32 (float64 for float64)
-    keeps long sums exact. `out` and `lse` as for `backward`.
+    keeps long sums exact. Those not `begun` are memory that holds anything, and are set. `out` and
+    `lse` as for `backward`.
     """
     for batch in batches(pieces):
         parts = _backward(batch, dout, q, k, v, out, lse, scale, backend)
         places = batch.q_slices(), batch.k_slices(), batch.k_slices()
-        for total, part, slices in zip(sums, parts, places, strict=True):
-            for rows, piece in zip(slices, part, strict=True):
-                into = total[rows]
-                into.add_(piece.view(into.shape))
+        for total, part, slices, is_begun in zip(sums, parts, places, begun, strict=True):
+            _add(total, part, slices, is_begun=is_begun)
+        begun = (True, True, True)
+    for total, is_begun in zip(sums, begun, strict=True):
+        if not is_begun:
+            total.zero_()
+
+
+def _add(total: Tensor, parts: Tensor, slices: Sequence[slice], *, is_begun: bool) -> None:
+    """Add parts (n, rows, heads, D) to these rows of a sum, or set it.
+
+    A sum that one call covers is copied: clearing and adding would move twice the bytes.
+    """
+    covers = parts.shape[0] * parts.shape[1] == len(total)
+    if not is_begun and not covers:
+        total.zero_()
+    for rows, part in zip(slices, parts, strict=True):
+        into = total[rows]
+        if is_begun or not covers:
+            into.add_(part.view(into.shape))
+        else:
+            into.copy_(part.view(into.shape))
 
 
 def attend(

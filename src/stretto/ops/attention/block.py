@@ -61,8 +61,7 @@ class Block:
         """A copy of tensors (rows, ...) of any strides, in `dtypes` where given."""
         specs = {n: (tuple(t.shape[1:]), dtypes.get(n, t.dtype)) for n, t in tensors.items()}
         block = cls.empty(rows, specs, next(iter(tensors.values())).device)
-        for name, tensor in tensors.items():
-            block[name].copy_(tensor)
+        block.take(rows, tensors)
         return block
 
     @classmethod
@@ -79,9 +78,7 @@ class Block:
             return blocks[0]
         whole = cls.empty(rows, blocks[0].specs, blocks[0].buffer.device)
         for block in blocks:
-            for start, end, first in _runs(rows, block.rows):
-                for name, part in block.parts.items():
-                    whole[name][start:end].copy_(part[first : first + end - start])
+            whole.take(block.rows, block.parts)
         return whole
 
     @property
@@ -93,10 +90,20 @@ class Block:
         if rows == self.rows:
             return self
         chosen = Block.empty(rows, self.specs, self.buffer.device)
-        for start, end, first in _runs(self.rows, rows):
-            for name, part in self.parts.items():
-                chosen[name][first : first + end - start].copy_(part[start:end])
+        for name, part in chosen.parts.items():
+            self.give(rows, name, part)
         return chosen
+
+    def take(self, rows: Spans, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors (rows, ...) of any strides to where `rows` lie among this block's."""
+        for start, end, first in _runs(self.rows, rows):
+            for name, tensor in tensors.items():
+                copy_(self[name][start:end], tensor[first : first + end - start])
+
+    def give(self, rows: Spans, name: str, into: Tensor) -> None:
+        """Copy some of this block's rows of one tensor into `into` (rows, ...) of any strides."""
+        for start, end, first in _runs(self.rows, rows):
+            copy_(into[first : first + end - start], self[name][start:end])
 
     def packed(self) -> Block:
         """The block with its parts in one buffer: itself unless it was `resting`."""
@@ -121,11 +128,23 @@ class Block:
         return self.select(self.rows & rows)
 
 
-def zeros(rows: Spans, specs: Specs, device: torch.device | str) -> Block:
-    """A block of sums that hold nothing yet."""
-    block = Block.empty(rows, specs, device)
-    block.buffer.zero_()
-    return block
+def copy_(into: Tensor, tensor: Tensor) -> None:
+    """Copy, a GPU in elements of 8 bytes where the memory of both allows.
+
+    A share of the heads, read in elements of 2 bytes, took twice its time (H100, 1.4 TB/s).
+    """
+    if into.is_cuda and into.dtype == tensor.dtype and _is_wide(into) and _is_wide(tensor):
+        into, tensor = into.view(torch.int64), tensor.view(torch.int64)
+    into.copy_(tensor)
+
+
+def _is_wide(x: Tensor) -> bool:
+    """Whether memory can be read in elements of 8 bytes."""
+    unit = 8 // x.element_size()
+    if unit <= 1 or not x.ndim or x.stride(-1) != 1:
+        return False
+    steps = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
+    return all(step % unit == 0 for step in steps)
 
 
 def _runs(rows: Spans, chosen: Spans) -> Iterable[tuple[int, int, int]]:

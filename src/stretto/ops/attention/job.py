@@ -8,7 +8,7 @@ import torch
 
 from stretto.mesh.mesh import Mesh, Pending
 from stretto.ops.attention.backends import Backend
-from stretto.ops.attention.block import Block, Specs, zeros
+from stretto.ops.attention.block import Block, Specs
 from stretto.ops.attention.naive import wide_dtype
 from stretto.plan.column import grad_wire, kv_heads
 from stretto.plan.moves import Move
@@ -53,7 +53,13 @@ class Job:
 
     def sums(self, rows: Spans, *names: str) -> Block:
         """Sums that hold nothing yet, in float32 (float64 for float64)."""
-        return zeros(rows, self.specs(*names, **dict.fromkeys(names, self.wide)), self.device)
+        sums = self.space(rows, *names)
+        sums.buffer.zero_()
+        return sums
+
+    def space(self, rows: Spans, *names: str) -> Block:
+        """Memory for such sums, which holds anything."""
+        return Block.empty(rows, self.specs(*names, **dict.fromkeys(names, self.wide)), self.device)
 
     def start(self, move: Move, sends: dict[int, Block], specs: Specs) -> Arrival:
         """Begin an exchange; the result is waited for later."""

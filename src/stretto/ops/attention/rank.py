@@ -25,9 +25,7 @@ from stretto.ops.attention.rows import (
     Gathering,
     heads_exchanged,
     heads_home,
-    overlaid,
     placed,
-    side_by_side,
     summed,
     team_gathered,
 )
@@ -212,9 +210,9 @@ def _out_home(
         return out, lse if case.return_lse else None
     (move,) = moves
     held = {"out": out, "lse": lse}
-    block = Block.of(job.schedule.q, {name: held[name] for name in move.tensors})
-    parts = heads_home(job, move, block).wait()
-    return side_by_side(parts, "out"), side_by_side(parts, "lse") if case.return_lse else None
+    block = Block.resting(job.schedule.q, {name: held[name] for name in move.tensors})
+    home = heads_home(job, move, block).wait()
+    return home["out"], home.get("lse")
 
 
 # ---- backward --------------------------------------------------------------------------------
@@ -267,10 +265,10 @@ def _backward_moving_keys(walk: Walk, queries: Block) -> tuple[Block, Block]:
         return _backward_at_once(walk, queries)
     # In storage order for all steps: of one step's forward it is as the kernel gave it.
     stand_in, lse = _stand_in(queries), queries["lse"].contiguous()
-    dq = job.sums(queries.rows, "dq")
+    dq = job.space(queries.rows, "dq")
     home = returning(job, walk.plan)
-    for step, block in walk:
-        part = job.sums(block.rows, "dk", "dv")
+    for index, (step, block) in enumerate(walk):
+        part = job.space(block.rows, "dk", "dv")
         backends.attend_backward_(
             (dq["dq"], part["dk"], part["dv"]),
             queries["dout"],
@@ -282,6 +280,7 @@ def _backward_moving_keys(walk: Walk, queries: Block) -> tuple[Block, Block]:
             step.pieces,
             job.scale,
             job.backend,
+            begun=(index > 0, False, False),
         )
         home.add(step, part)
     return dq, home.home()
@@ -320,10 +319,10 @@ def _backward_at_once(walk: Walk, queries: Block) -> tuple[Block, Block]:
 def _backward_moving_queries(walk: Walk, keys: Block) -> tuple[Block, Block]:
     """The same with keys and their sums at rest, queries passing by and dQ riding with them."""
     job = walk.job
-    sums = job.sums(keys.rows, "dk", "dv")
+    sums = job.space(keys.rows, "dk", "dv")
     riding = Riding(job)
-    for step, block in walk:
-        part = job.sums(block.rows, "dq")
+    for index, (step, block) in enumerate(walk):
+        part = job.space(block.rows, "dq")
         backends.attend_backward_(
             (part["dq"], sums["dk"], sums["dv"]),
             block["dout"],
@@ -335,6 +334,7 @@ def _backward_moving_queries(walk: Walk, keys: Block) -> tuple[Block, Block]:
             step.pieces,
             job.scale,
             job.backend,
+            begun=(False, index > 0, index > 0),
         )
         riding.add(step, part)
     return riding.home(), sums
@@ -355,13 +355,8 @@ def _gradients_home(
         return public(dq["dq"]), public(sums["dk"]), public(sums["dv"])
     of_q, of_kv = moves
     coming = heads_home(job, of_q, dq), heads_home(job, of_kv, sums)
-    dq_parts, kv_parts = (parts.wait() for parts in coming)
-    grads = (
-        side_by_side(dq_parts, "dq"),
-        overlaid(job, kv_parts, "dk"),
-        overlaid(job, kv_parts, "dv"),
-    )
-    return public(grads[0]), public(grads[1]), public(grads[2])
+    grads = coming[0].wait() | coming[1].wait()
+    return public(grads["dq"]), public(grads["dk"]), public(grads["dv"])
 
 
 def rows_first(x_BHLD: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from stretto.ops.attention.block import Block
 from stretto.ops.attention.job import Arrival, Job
 from stretto.plan.column import kv_heads, union
 from stretto.plan.moves import Move
+from stretto.plan.ranges import Spans
 
 
 class Gathering:
@@ -84,27 +85,42 @@ def heads_exchanged(job: Job, moves: list[Move], tensors: dict[str, Tensor]) -> 
         return Pending(lambda: Block.of(own, tensors))
     (move,) = moves
 
-    def share(rank: int) -> Block:
+    def share(rank: int) -> dict[str, Tensor]:
         first, end = _heads_of(job, rank, keys=of_keys)
-        return Block.of(own, {name: tensor[:, :, first:end] for name, tensor in tensors.items()})
+        return {name: tensor[:, :, first:end] for name, tensor in tensors.items()}
 
-    sends = {peer: share(peer) for peer in move.sends}
+    sends = {peer: Block.of(own, share(peer)) for peer in move.sends}
     mine = share(case.rank % context.ulysses)
-    coming = job.start(move, sends, mine.specs)
-    rows = job.schedule.kv if of_keys else job.schedule.q
-    return Pending(lambda: Block.joined(rows, [mine, *coming.wait().values()]))
+    specs = {name: (tuple(x.shape[1:]), x.dtype) for name, x in mine.items()}
+    coming = job.start(move, sends, specs)
+    whole = Block.empty(job.schedule.kv if of_keys else job.schedule.q, specs, job.device)
+    whole.take(own, mine)
+
+    def arrived() -> Block:
+        for block in coming.wait().values():
+            whole.take(block.rows, block.parts)
+        return whole
+
+    return Pending(arrived)
 
 
-def heads_home(job: Job, move: Move, block: Block) -> Pending[dict[int, Block]]:
-    """A share of heads of more rows, as own rows by Ulysses rank, whose heads they are.
+def heads_home(job: Job, move: Move, block: Block) -> Pending[dict[str, Tensor]]:
+    """A share of heads of more rows, as own rows with all heads, (L, B, heads, ...) by name.
 
     Under way when it returns.
     """
     case, context = job.schedule.case, job.schedule.context
-    own = (case.kv_rows if move.tensors[0] == "dk" else case.q_rows)[case.rank]
+    keys = move.tensors[0] == "dk"
+    own = (case.kv_rows if keys else case.q_rows)[case.rank]
     coming = job.hand(move, block)
-    mine = {case.rank % context.ulysses: block.select(own)}
-    return Pending(lambda: coming.wait() | mine)
+    # Where ranks outnumber key heads, several hold parts of one head's sum.
+    join = _overlaid if keys and context.ulysses > case.heads_kv else _side_by_side
+
+    def arrived() -> dict[str, Tensor]:
+        shares = coming.wait() | {case.rank % context.ulysses: block}
+        return {name: join(job, own, dict(sorted(shares.items())), name) for name in block.parts}
+
+    return Pending(arrived)
 
 
 def _heads_of(job: Job, rank: int, *, keys: bool) -> tuple[int, int]:
@@ -116,18 +132,25 @@ def _heads_of(job: Job, rank: int, *, keys: bool) -> tuple[int, int]:
     return first, first + kv_heads(case, u)
 
 
-def side_by_side(parts: dict[int, Block], name: str) -> Tensor:
-    """(L, B, heads, ...) from every rank's share."""
-    return torch.cat([parts[rank][name] for rank in sorted(parts)], dim=2)
+def _side_by_side(job: Job, own: Spans, shares: dict[int, Block], name: str) -> Tensor:
+    """Own rows of every rank's share of the heads, beside one another."""
+    sample = shares[0][name]
+    heads = sum(share[name].shape[2] for share in shares.values())
+    whole = sample.new_empty((own.rows, sample.shape[1], heads, *sample.shape[3:]))
+    first = 0
+    for share in shares.values():
+        end = first + share[name].shape[2]
+        share.give(own, name, whole[:, :, first:end])
+        first = end
+    return whole
 
 
-def overlaid(job: Job, parts: dict[int, Block], name: str) -> Tensor:
-    """The same for keys: where ranks outnumber heads, several hold parts of one head's sum."""
-    case = job.schedule.case
-    sample = parts[0][name]
-    shape = (*sample.shape[:2], case.heads_kv, sample.shape[3])
+def _overlaid(job: Job, own: Spans, shares: dict[int, Block], name: str) -> Tensor:
+    """The same with heads that several hold summed, in wide dtype, in order of rank."""
+    sample, heads = shares[0][name], job.schedule.case.heads_kv
+    shape = (own.rows, sample.shape[1], heads, *sample.shape[3:])
     total = torch.zeros(shape, dtype=job.wide, device=job.device)
-    for rank in sorted(parts):
+    for rank, share in shares.items():
         first, end = _heads_of(job, rank, keys=True)
-        total[:, :, first:end].add_(parts[rank][name])
+        total[:, :, first:end].add_(share.select(own)[name])
     return total.to(job.dtype)
