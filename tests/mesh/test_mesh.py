@@ -158,9 +158,30 @@ def test_more_degrees_than_ranks():
         ("ring4", {}, PlanMismatch, "is a str"),
         (Axes({}), {"timeout_s": 0}, ConfigError, "timeout_s=0"),
         (Axes({}), {"timeout_s": "9"}, ConfigError, "timeout_s='9'"),
+        (Axes({}), {"timeout_s": float("nan")}, ConfigError, "timeout_s=nan"),
+        (Axes({}), {"timeout_s": float("inf")}, ConfigError, "timeout_s=inf"),
         (Axes({}), {"device": "gpu"}, ConfigError, "device 'gpu'"),
+        (Axes({}), {"device": "meta"}, ConfigError, "device meta: ranks work on cpu or cuda"),
+        (Axes({}), {"device": "cuda:99"}, ConfigError, r"device cuda:99: this process sees \d+"),
     ],
 )
 def test_what_makes_no_mesh_is_named(plan, options, error, words):
     with pytest.raises(error, match=words):
         init_mesh(plan, **options)
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    """It would be found missing by the first tensor, long after."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"device cuda: this process sees 0 CUDA devices"):
+        init_mesh(Axes({}), device="cuda")
+
+
+@pytest.mark.parametrize("ask", ["size", "rank", "peers"])
+@pytest.mark.parametrize("axis", ["x", 3, ["step"]])
+def test_an_axis_that_no_mesh_has(ask, axis):
+    mesh = init_mesh(Axes({}))
+    with pytest.raises(ConfigError, match=r"no mesh has it\n  to fix: step, .*, cp, or None"):
+        getattr(mesh, ask)(axis)
+    with pytest.raises(ConfigError, match="no mesh has it"):
+        mesh.barrier(axis)

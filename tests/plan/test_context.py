@@ -103,6 +103,10 @@ BAD = [
         ({"ring": 2, "schedule": "ring"}, "schedule 'ring' is a str; expected Ring"),
         ({"ring": 2, "layout": ((0, 4), (4, 8))}, "ranges of every rank, each"),
         ({"ring": 2, "layout": 3}, "layout 3: ranges of every rank"),
+        ({"layout": ((("a", "b"),),)}, r"layout: range \('a', 'b'\); it runs"),
+        ({"layout": (((0.0, 4.0),),)}, r"layout: range \(0.0, 4.0\); it runs"),
+        ({"layout": (((4, 0), (4, 8)),)}, r"layout: range \(4, 0\); it runs"),
+        ({"layout": (((-4, 4),),)}, r"layout: range \(-4, 4\); it runs"),
     ],
 )
 def test_a_field_of_another_type_is_refused(fields, words):
@@ -139,6 +143,12 @@ def test_what_does_not_fit_is_said_with_what_does(fields, words):
 def test_words_come_from_a_list(kind, field):
     with pytest.raises(PlanMismatch, match=rf"{field} 'sideways' is unknown; known are "):
         kind(**{field: "sideways"})
+
+
+@pytest.mark.parametrize("make", [Ring, Tile, lambda **f: DoubleRing(inner=2, **f)])
+def test_a_word_is_no_flag(make):
+    with pytest.raises(PlanMismatch, match="prune='no' is a str; expected True or False"):
+        make(prune="no")
 
 
 def test_heads_that_cannot_be_split_name_the_degrees_that_can():
@@ -179,9 +189,9 @@ def test_names_of_the_brief():
     assert Context.named("pass-q", 8) == Context(team=8)
 
 
-@pytest.mark.parametrize("name", ["star", "tile", "ring(2)", "startrail()", "Ring"])
+@pytest.mark.parametrize("name", ["star", "tile", "ring(2)", "startrail()", "Ring", None, 8])
 def test_an_unknown_name_lists_the_known(name):
-    with pytest.raises(PlanMismatch, match=r"no attention plan is named .*; known are ring, "):
+    with pytest.raises(PlanMismatch, match=r"plan (is named|name) .*; known are ring, "):
         Context.named(name, 8)
 
 
@@ -223,6 +233,20 @@ def test_a_case_shards_by_the_layout():
         AttentionCase.of(
             Context(), tokens=8, kv_tokens=9, heads=(1, 1), head_dim=4, mask=Mask(causal=True)
         )
+
+
+@pytest.mark.parametrize("tokens", [-1, 1.5, "8", True])
+def test_lengths_are_whole_numbers(tokens):
+    with pytest.raises(ShapeError, match=f"{tokens!r} queries and {tokens!r} keys: lengths are"):
+        AttentionCase.of(Context(), tokens=tokens, heads=(1, 1), head_dim=4)
+
+
+@pytest.mark.parametrize(("ranks", "rank"), [(2, 0), (4, 4), (4, -1)])
+def test_a_case_of_other_ranks_is_no_index_error(ranks, rank):
+    plan = Context(ring=ranks)
+    case = AttentionCase.of(plan, tokens=8, heads=(1, 1), head_dim=4, rank=rank)
+    with pytest.raises(PlanMismatch, match=f"rank {rank} of a case of {ranks} ranks, the plan cp4"):
+        Context(ring=4).wire(case)
 
 
 def test_plans_hold_it():

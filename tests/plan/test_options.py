@@ -110,6 +110,19 @@ def test_a_degree_is_at_least_one(make, degree):
         make(degree=degree)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"windows": "tail"}, "windows 'tail' is a str; expected Parastep"),
+        ({"windows": Tail}, "is a type; expected Parastep"),
+        ({"exact_split": "no"}, "exact_split='no' is a str; expected True or False"),
+    ],
+)
+def test_a_field_of_another_type_is_refused(fields, words):
+    with pytest.raises(PlanMismatch, match=words):
+        Steps(degree=2, **fields)
+
+
 def test_the_published_schedule_brings_its_predictor():
     assert Steps(degree=2, windows=Parastep(), predictor="taylor-2").guesses == "own"
     assert Steps(degree=2, predictor="taylor-2").guesses == "taylor-2"

@@ -420,6 +420,12 @@ def test_a_window_without_keys_is_refused(window):
         Mask(window=window)
 
 
+@pytest.mark.parametrize("length", [None, "4", 4.0, True])
+def test_lengths_of_documents_are_whole_numbers(length):
+    with pytest.raises(ShapeError, match=f"length {length!r} is a .*; it counts rows, an int"):
+        Mask(documents=(4, length))
+
+
 @pytest.mark.parametrize(
     ("documents", "match"),
     [((4, 5), "sum to 9, the sequence has 10"), ((6, 5), "sum to 11"), ((), "sum to 0")],

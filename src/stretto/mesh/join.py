@@ -51,12 +51,10 @@ def init_mesh(
             f"plan {plan!r} is a {type(plan).__name__}; expected a Plan or a Context\n"
             "  to fix: Plan(cp=...), or Plan() for one rank"
         )
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or timeout_s <= 0:
+    number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
+    if not number or not 0 < timeout_s < float("inf"):
         raise ConfigError(f"timeout_s={timeout_s!r}: seconds that a wait may last, above 0")
-    try:
-        device = None if device is None else torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ConfigError(f"device {device!r} is unknown to torch; give cpu or cuda:0") from None
+    device = None if device is None else _present(device)
     if carrier not in CARRIERS:
         raise ConfigError(f"carrier {carrier!r} is unknown; known are {', '.join(CARRIERS)}")
     wanted = axes.world_size(plan.sizes)
@@ -72,6 +70,30 @@ def init_mesh(
             "started; change the degrees or the number of ranks"
         )
     return _carried(plan, chosen, carrier)(plan.sizes, chosen, store, timeout_s=timeout_s)
+
+
+def _present(device: torch.device | str) -> torch.device:
+    """The device, if this process has it. Raises ConfigError."""
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device {device!r} is unknown to torch; give cpu or cuda:0") from None
+    if wanted.type == "cpu":
+        return wanted
+    if wanted.type != "cuda":
+        raise ConfigError(
+            f"device {wanted}: ranks work on cpu or cuda, no mesh moves tensors of "
+            f"{wanted.type}\n  to fix: cpu, cuda:0, or None for what is there"
+        )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (wanted.index or 0) >= count:
+        raise ConfigError(
+            f"device {wanted}: this process sees {count} CUDA devices\n"
+            "  why: none is built in, driven, or let through by CUDA_VISIBLE_DEVICES\n"
+            f"  to fix: {f'cuda:0 to cuda:{count - 1}, or ' if count else ''}cpu, or None for "
+            "what is there"
+        )
+    return wanted
 
 
 def _carried(plan: Sized, device: torch.device, carrier: str) -> Callable[..., Mesh]:

@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 import torch
 
 from stretto import axes
+from stretto.errors import ConfigError
 
 Result = TypeVar("Result")
 
@@ -55,10 +56,8 @@ class Mesh(ABC):
         self.timeout_s = timeout_s
         #: What all ranks have found to be the same, so that it need not be compared again.
         self.agreed: set[Hashable] = set()
-        self._place: dict[str | None, int] = {None: rank}
         self._peers: dict[str | None, list[int]] = {None: list(range(self.world_size))}
         for axis in axes.NAMES:
-            self._place[axis] = axes.position(rank, axis, self.sizes)
             self._peers[axis] = axes.peers(rank, axis, self.sizes)
 
     @property
@@ -67,15 +66,24 @@ class Mesh(ABC):
 
     def size(self, axis: str | None) -> int:
         """Number of ranks on an axis."""
-        return len(self._peers[axis])
+        return len(self.peers(axis))
 
     def rank(self, axis: str | None) -> int:
         """This rank's position on an axis."""
-        return self._place[axis]
+        return self.peers(axis).index(self.world_rank)
 
     def peers(self, axis: str | None) -> list[int]:
-        """World ranks of this rank's group on an axis, in axis order; not to be changed."""
-        return self._peers[axis]
+        """World ranks of this rank's group on an axis, in axis order; not to be changed.
+
+        Raises ConfigError for an axis that no mesh has.
+        """
+        try:
+            return self._peers[axis]
+        except (KeyError, TypeError):
+            raise ConfigError(
+                f"axis {axis!r}: no mesh has it\n"
+                f"  to fix: {', '.join(axes.NAMES)}, or None for all {self.world_size} ranks"
+            ) from None
 
     @abstractmethod
     def all_gather(

@@ -21,6 +21,12 @@ def is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def check_flag(what: str, value: object) -> None:
+    """Raise PlanMismatch unless `value` is True or False; a word would count as True."""
+    if not isinstance(value, bool):
+        raise PlanMismatch(f"{what}={value!r} is a {type(value).__name__}; expected True or False")
+
+
 def check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
     """Raise PlanMismatch, listing what is known, unless `value` is among it."""
     if value not in known:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from stretto.plan.checks import FORBID, check_choice, check_degree
+from stretto.plan.checks import FORBID, check_choice, check_degree, check_flag
 
 KEEPS = ("none", "far", "all")
 
@@ -33,6 +33,7 @@ class Ring:
     def __post_init__(self):
         check_choice("circulate", self.circulate, ("kv", "q"))
         check_choice("gradients", self.gradients, ("owner", "ride"))
+        check_flag("prune", self.prune)
         check_choice("keep", self.keep, KEEPS)
         check_choice("grad_wire", self.grad_wire, ("input", "float32"))
 
@@ -59,6 +60,7 @@ class DoubleRing:
 
     def __post_init__(self):
         check_degree("inner", self.inner)
+        check_flag("prune", self.prune)
         check_choice("keep", self.keep, KEEPS)
         check_choice("grad_wire", self.grad_wire, ("input", "float32"))
 
@@ -128,6 +130,7 @@ class Tile:
     def __post_init__(self):
         check_degree("team_inner", self.team_inner)
         check_degree("ring_inner", self.ring_inner)
+        check_flag("prune", self.prune)
         check_choice("keep", self.keep, KEEPS)
         check_choice("grad_wire", self.grad_wire, ("input", "float32"))
 

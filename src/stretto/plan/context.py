@@ -22,6 +22,7 @@ from stretto.plan.checks import (
     check_degree,
     check_divides,
     divisors,
+    is_whole,
 )
 from stretto.plan.circulation import DoubleRing, Gather, Ring, Schedule, StarTrail, Tile
 from stretto.plan.moves import PASSES
@@ -121,6 +122,12 @@ class Context:
             raise PlanMismatch(
                 f"layout {self.layout!r}: ranges of every rank, each (start, end), or a name"
             ) from None
+        for start, end in (span for own in ranges for span in own):
+            if not (is_whole(start) and is_whole(end) and 0 <= start <= end):
+                raise PlanMismatch(
+                    f"layout: range ({start!r}, {end!r}); it runs from a row, 0 at least, to one "
+                    "past its last row, both ints"
+                )
         if len(ranges) != self.degree:
             raise PlanMismatch(
                 f"layout: ranges for {len(ranges)} ranks, the plan has {self.degree}"
@@ -220,7 +227,16 @@ class Context:
         )
 
     def wire(self, case: AttentionCase, passes: Sequence[str] = PASSES) -> Traffic:
-        """Bytes that rank `case.rank` sends to others in one call, per phase, verb and axis."""
+        """Bytes that rank `case.rank` sends to others in one call, per phase, verb and axis.
+
+        Raises PlanMismatch where heads do not fit, or the case is another plan's.
+        """
+        ranks = len(case.q_rows)
+        if ranks != self.degree or not 0 <= case.rank < ranks:
+            raise PlanMismatch(
+                f"rank {case.rank} of a case of {ranks} ranks, the plan {self.short()} has "
+                f"{self.degree}\n  to fix: AttentionCase.of(plan, rank=...) of this plan"
+            )
         return schedule(self, case).traffic(passes)
 
     @classmethod
@@ -283,6 +299,8 @@ _NAMES = (
 
 
 def _named(name: str, ranks: int) -> Context:
+    if not isinstance(name, str):
+        raise PlanMismatch(f"plan name {name!r} is a {type(name).__name__}; known are {_NAMES}")
     both = re.fullmatch(r"ulysses\((\d+)\) x tile\((\d+)\)", name)
     if both:
         u, a = map(int, both.groups())

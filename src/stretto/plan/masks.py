@@ -48,7 +48,7 @@ class Mask:
         _check_whole("window", self.window)
         _check_whole("q_offset", self.q_offset)
         for length in self.documents or ():
-            _check_whole("documents: length", length)
+            _check_whole("documents: length", length, optional=False)
         if self.window is not None and self.window < 1:
             raise ShapeError(
                 f"window={self.window}: a window counts the keys that a query sees, itself "
@@ -85,6 +85,8 @@ class Mask:
 
     def check(self, q_rows: int, k_rows: int) -> None:
         """Raise ShapeError unless the mask fits sequences of these total lengths."""
+        if not (is_whole(q_rows) and is_whole(k_rows) and min(q_rows, k_rows) >= 0):
+            raise ShapeError(f"{q_rows!r} queries and {k_rows!r} keys: lengths are ints from 0 on")
         if self.aligned and self.q_offset is None and q_rows != k_rows:
             raise ShapeError(
                 f"{q_rows} queries and {k_rows} keys, but no q_offset: query i stands at position "
@@ -167,8 +169,8 @@ def packed(documents: object) -> tuple[int, ...] | None:
     return tuple(listed)
 
 
-def _check_whole(what: str, value: object) -> None:
-    if value is not None and not is_whole(value):
+def _check_whole(what: str, value: object, *, optional: bool = True) -> None:
+    if not (is_whole(value) or (optional and value is None)):
         raise ShapeError(f"{what} {value!r} is a {type(value).__name__}; it counts rows, an int")
 
 

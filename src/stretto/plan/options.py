@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stretto.plan.checks import FORBID, check_choice, check_degree
+from stretto.errors import PlanMismatch
+from stretto.plan.checks import FORBID, check_choice, check_degree, check_flag
 from stretto.plan.context import (
     AttentionCase,
     Context,
@@ -189,6 +190,12 @@ class Steps:
         check_degree("step", self.degree)
         check_choice("predictor", self.predictor, PREDICTORS)
         check_choice("walk", self.walk, WALKS)
+        check_flag("exact_split", self.exact_split)
+        if not isinstance(self.windows, Windows):
+            raise PlanMismatch(
+                f"windows {self.windows!r} is a {type(self.windows).__name__}; expected "
+                "Parastep(), Tail(), Fixed(), Listed(sizes=...), Calibrated(file=...) or Adaptive()"
+            )
 
     def short(self) -> str:
         return f"step{self.degree}({self.windows.short()}, {self.guesses})"
