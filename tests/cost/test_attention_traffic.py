@@ -101,7 +101,7 @@ def test_outline_of_the_brief():
 
 
 def test_slow_links_and_riding_gradients_are_notes():
-    job, cluster = training(1 << 14), two_level(2, 4, rate=1e8)
+    job, cluster = training(1 << 14), two_level(2, 4, rate=5e7)
     plan = plan_of(Context.named("ring", 8))
     text = render(estimate(job, cluster, plan), job, cluster)
     assert "links take longer than kernels forward and backward" in text

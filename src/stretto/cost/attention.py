@@ -1,20 +1,22 @@
 """Seconds and memory of one sequence-parallel attention, forward and backward.
 
-Seconds = exposed heads + row phases + sum over steps of max(kernel, hop) + pipeline fill. The
-last kernel has nothing to hide, so a plan never takes less than its hops and one kernel. On nodes
-that are one host its work, messages and merging, adds up beside the wires; see `attention_host`.
+Seconds = exposed heads + row phases + sum over steps of max(kernel and copies, hop) + pipeline
+fill. The last kernel has nothing to hide, so a plan never takes less than its hops and one kernel.
+On nodes that are one host its work, messages and merging, adds up beside the wires; see
+`attention_host`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import log2
+from math import inf, log2
 from typing import NamedTuple
 
 from stretto import axes
 from stretto.cluster.model import Device, Kernel
 from stretto.cost.attention_bytes import Call, Term, terms
+from stretto.cost.attention_copies import copies_of
 from stretto.cost.attention_host import Cost, step_seconds
 from stretto.cost.attention_links import Fabric, cost_of
 from stretto.plan.options import Context, Gather, StarTrail
@@ -103,10 +105,13 @@ def pass_of(
     sizes: Mapping[str, int],
     *,
     back: bool,
+    copy_rate: float = inf,
 ) -> Pass:
     """Times of one pass. `kernels`: seconds per step; `sizes`: the mesh, in physical order.
 
-    Steps after the last one with work are neither walked nor waited for where the plan prunes.
+    `copy_rate`: bytes/s that a device reads and writes in its own memory, around its kernels; on
+    nodes that are one host `attention_host` knows what that takes. Steps after the last one with
+    work are neither walked nor waited for where the plan prunes.
     """
     found = terms(context, call, back=back)
     heads = sum(_waited(t, sizes, fabric) for t in found if t.axis == "ulysses")
@@ -117,6 +122,10 @@ def pass_of(
         kernels = kernels[: (used[-1] if used else 0) + 1]
         hidden = [_pruned(t, context, len(kernels)) for t in hidden]
     beside = step_seconds(fabric.host, context, call, len(kernels), back=back)
+    if fabric.host is None:
+        copies = copies_of(context, call, len(kernels), back=back)
+        heads, rows = heads + copies.heads / copy_rate, rows + copies.rows / copy_rate
+        beside = copies.step / copy_rate
     walk = _Walk([Step(kernel, beside) for kernel in kernels], fabric)
     seconds, hops = walk.seconds(hidden, context, sizes)
     return Pass(heads, rows, seconds, sum(kernels) + beside * len(kernels), hops)
@@ -133,7 +142,7 @@ def _pruned(term: Term, context: Context, steps: int) -> Term:
 
 
 class Step(NamedTuple):
-    """Seconds of a step: its kernel, and what the host does around it."""
+    """Seconds of a step: its kernel, and what the host or the device does around it."""
 
     kernel: float
     beside: float

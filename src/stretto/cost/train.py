@@ -162,8 +162,8 @@ def _slowest_pass(
     for name in sorted({kind for _, kind in used.places}):
         kernel = attention.kernel_of(used.devices[name], training.dtype)
         kernels = attention.kernel_seconds(context, call, kernel, pairs, back=back)
-        each = attention.pass_of(context, call, kernels, fabric_of(used), sizes, back=back)
-        found.append(each)
+        settings = {"back": back, "copy_rate": used.devices[name].memory_rate}
+        found.append(attention.pass_of(context, call, kernels, fabric_of(used), sizes, **settings))
     return max(found, key=lambda each: each.seconds)
 
 

@@ -5,8 +5,9 @@ Storage is rows outermost, (rows, batch, heads, dim), so a run of rows is a run 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -105,10 +106,21 @@ class Block:
         for start, end, first in _runs(self.rows, rows):
             copy_(into[first : first + end - start], self[name][start:end])
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the parts lie in the buffer."""
+        size = sum(part.numel() * part.element_size() for part in self.parts.values())
+        return self.buffer.numel() == size
+
     def packed(self) -> Block:
         """The block with its parts in one buffer: itself unless it was `resting`."""
-        size = sum(part.numel() * part.element_size() for part in self.parts.values())
-        return self if self.buffer.numel() == size else Block.of(self.rows, self.parts)
+        return self if self.is_packed else Block.of(self.rows, self.parts)
+
+    def apart(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Block]]:
+        """Its tensors, and what makes it of them again, which holds none."""
+        if self.is_packed:
+            return [self.buffer], partial(_over, self.rows, self.specs)
+        return list(self.parts.values()), partial(_resting, self.rows, tuple(self.parts))
 
     def cast(self, dtype: torch.dtype, *names: str) -> Block:
         """The block with these parts (all, unless named) in another dtype; itself if they are."""
@@ -126,6 +138,14 @@ class Block:
     def among(self, rows: Spans) -> Block:
         """The part of this block that lies in `rows`."""
         return self.select(self.rows & rows)
+
+
+def _over(rows: Spans, specs: Specs, tensors: Sequence[Tensor]) -> Block:
+    return Block.over(rows, tensors[0], specs)
+
+
+def _resting(rows: Spans, names: tuple[str, ...], tensors: Sequence[Tensor]) -> Block:
+    return Block.resting(rows, dict(zip(names, tensors, strict=True)))
 
 
 def copy_(into: Tensor, tensor: Tensor) -> None:

@@ -11,13 +11,14 @@ import contextlib
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from stretto.mesh.mesh import Mesh
 from stretto.ops.attention import backends, single
-from stretto.ops.attention.block import Block, Specs
+from stretto.ops.attention.block import Block
 from stretto.ops.attention.job import Job
 from stretto.ops.attention.merge import accumulators, merge_
 from stretto.ops.attention.returning import Riding, returning
@@ -54,9 +55,11 @@ class SavedBlocks:
 
     def apart(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], SavedBlocks]]:
         """Its tensors, and what makes it of them again, which holds none."""
-        blocks = [self.q, self.kv, *self.kept]
-        frames = [(block.rows, block.specs) for block in blocks]
-        tensors = [self.out, self.lse, *(block.buffer for block in blocks)]
+        tensors, frames = [self.out, self.lse], []
+        for block in (self.q, self.kv, *self.kept):
+            own, again = block.apart()
+            tensors += own
+            frames.append((len(own), again))
         return tensors, partial(_together, self.job, frames)
 
 
@@ -65,11 +68,11 @@ Saved = SavedBlocks | Single
 
 
 def _together(
-    job: Job, frames: list[tuple[Spans, Specs]], tensors: Sequence[Tensor]
+    job: Job, frames: list[tuple[int, Callable]], tensors: Sequence[Tensor]
 ) -> SavedBlocks:
-    out, lse, *buffers = tensors
-    pairs = zip(frames, buffers, strict=True)
-    q, kv, *kept = (Block.over(rows, buffer, specs) for (rows, specs), buffer in pairs)
+    out, lse, *others = tensors
+    left = iter(others)
+    q, kv, *kept = (again(list(islice(left, count))) for count, again in frames)
     return SavedBlocks(job, q, kv, out, lse, kept)
 
 

@@ -41,6 +41,7 @@ def team_gathered(job: Job, moves: list[Move], block: Block) -> Block:
 
 def _spread(job: Job, move: Move, block: Block) -> Arrival:
     """A block to all peers of an axis, and theirs here."""
+    block = block.packed()
     return job.start(move, dict.fromkeys(move.sends, block), block.specs)
 
 
@@ -81,8 +82,11 @@ def heads_exchanged(job: Job, moves: list[Move], tensors: dict[str, Tensor]) -> 
     case, context = job.schedule.case, job.schedule.context
     of_keys = "k" in tensors
     own = (case.kv_rows if of_keys else case.q_rows)[case.rank]
-    if not moves:
+    if not moves and of_keys:
         return Pending(lambda: Block.of(own, tensors))
+    if not moves:
+        # Unlike keys they rarely travel, and lie as the walk takes them after most projections.
+        return Pending(lambda: Block.resting(own, {n: x.contiguous() for n, x in tensors.items()}))
     (move,) = moves
 
     def share(rank: int) -> dict[str, Tensor]:
