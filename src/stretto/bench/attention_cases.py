@@ -58,7 +58,11 @@ class Call:
 
 
 def calls(ranks: int) -> list[Call]:
-    """The calls for `ranks` ranks: every mask, few key heads, uneven and crossed lengths."""
+    """The calls for `ranks` ranks: every mask, few key heads, uneven and crossed lengths.
+
+    In "unseen keys" queries stand in the middle of the keys, the first and last of which nobody
+    sees; in "unseen band" they reach over both ends of the few keys there are.
+    """
     heads, tokens = heads_for(ranks), ROWS * ranks
     few = (heads, heads // 4 if heads % 4 == 0 else 1)
     uneven, short = 5 * ranks + 3, max(1, ranks // 2)
@@ -74,6 +78,10 @@ def calls(ranks: int) -> list[Call]:
         Call("cross", ranks, tokens, uneven, few, Mask(causal=True, q_offset=uneven - tokens)),
         Call("uneven window", ranks, uneven, uneven, every, Mask(window=6)),
         Call("ranks without rows", ranks, short, short, every, causal),
+        Call(
+            "unseen keys", ranks, ranks, uneven, few, Mask(causal=True, window=3, q_offset=tokens)
+        ),
+        Call("unseen band", ranks, uneven, ranks, every, Mask(window=2, q_offset=-ranks)),
     ]
 
 
