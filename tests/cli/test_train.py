@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from transformers import GPT2Config, LlamaConfig
+from transformers import BertConfig, GPT2Config, LlamaConfig
 
 from stretto.cli import app as cli
 from stretto.cli import train_curve
@@ -135,6 +135,21 @@ def test_two_ranks_beside_one(data, tmp_path, capsys):
         (("dit-tiny", "--tokens", "250"), "give 225 or 256"),
         (("--micro-batch", "3"), "9 sequences"),
         (("--rate", "-1"), "the rate is above 0"),
+        (("--rate", "nan"), "all of them finite"),
+        (("--weight-decay", "-1"), "weight decay -1"),
+        (("--clip", "inf"), "clip inf"),
+        (("--cp", "ring"), "--cp ring with no --ranks: one rank to a sequence"),
+        (("--cp", "ring", "--ranks", "2", "--fsdp", "2"), "with --fsdp 2 and --ranks 2: one rank"),
+        (("--cluster", "cpu-x2"), "--cluster cpu-x2 without --cp auto"),
+        (("--cp", "auto", "--ranks", "2", "--cluster", "h900"), "no preset 'h900'"),
+        (("--threads", "100000"), "--threads 100000: this machine has"),
+        (("--device", "tpu"), "ranks train on cpu or cuda"),
+        (("--device", "cuda:99"), "device 'cuda:99': torch"),
+        (("--seed", "-1"), "seed -1: from 0"),
+        (("--tokens", "1000000000000"), "or fewer, or more text"),
+        (("--window", "0"), "--window"),
+        (("--documents", "some"), "--documents"),
+        (("dit-tiny", "--documents", "apart"), "--documents apart is of text"),
     ],
 )
 def test_bad_input_is_one_message_and_2(arguments, expected, tmp_path, capsys):
@@ -158,6 +173,41 @@ def test_a_vocabulary_smaller_than_bytes_is_refused(data, tmp_path, capsys):
     config.save_pretrained(tmp_path / "small")
     assert train(str(tmp_path / "small"), *SMALL, "--data", data, out=tmp_path / "out") == 2
     assert "vocabulary of 100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "expected"),
+    [
+        (GPT2Config(vocab_size=264, n_embd=16, n_layer=1, n_head=2, n_positions=32), (), "64"),
+        (BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2), (), "behind them"),
+        (GPT2Config(vocab_size=264, n_embd=16, n_layer=1, n_head=2), ("--window", "8"), "sliding_"),
+    ],
+    ids=["short table", "looks ahead", "window"],
+)
+def test_a_model_that_cannot_learn_is_refused(config, arguments, expected, data, tmp_path, capsys):
+    config.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    argv = (str(tmp_path / "model"), *SMALL, "--data", data, *arguments)
+    assert train(*argv, out=out) == 2
+    assert expected in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_weights_that_are_not_read_are_named(data, tmp_path, caplog):
+    shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 264, "n_positions": 64}
+    GPT2Config(**shape).save_pretrained(tmp_path / "model")
+    (tmp_path / "model/model.safetensors").write_bytes(b"")
+    argv = (str(tmp_path / "model"), *SMALL, "--data", data, "--quiet")
+    assert train(*argv, out=tmp_path / "out") == 0
+    assert "model.safetensors is not read: weights are drawn from the seed" in caplog.text
+    assert "stays off" in caplog.text  # GPT-2's dropout
+
+
+def test_windows_and_joined_documents_from_the_command_line(data, tmp_path, capsys):
+    argv = (*SMALL, "--data", data, "--window", "9", "--documents", "joined", "--json")
+    assert train(*argv, out=tmp_path / "out") == 0
+    asked = json.loads(capsys.readouterr().out)["recipe"]
+    assert (asked["window"], asked["documents"]) == (9, "joined")
 
 
 def test_a_plan_to_generate_is_refused(tmp_path, capsys):

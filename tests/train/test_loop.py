@@ -220,6 +220,44 @@ def test_a_plan_of_other_ranks_is_not_bitwise():
     )
 
 
+def test_what_of_a_recipe_changed_is_named(data):
+    now = {"plan": {}, "ranks": 1, "versions": {}, "data": "x", "recipe": recipe(data).as_dict()}
+    was = json.loads(json.dumps(now))
+    for added in ("window", "documents"):  # as an older release wrote it
+        del was["recipe"][added]
+    found = checkpoint.Checkpoint("somewhere", 7, was)
+    assert "not bitwise" not in resume_note(found, now)
+    was["recipe"]["descent"]["rate"] = 7.0
+    now["recipe"]["window"] = 8
+    note = resume_note(found, now)
+    assert "recipe changed (window None there, 8 here, rate 7.0 there, 0.05 here)" in note
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"step": "x"}'])
+def test_a_state_that_is_none_says_what_to_remove(text, tmp_path):
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"to fix: remove {tmp_path}"):
+        checkpoint.opened(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tpu", "meta", ""])
+def test_a_device_that_nobody_trains_on_is_refused_before_ranks_start(name):
+    with pytest.raises(ConfigError, match="ranks train on cpu or cuda"):
+        Job(recipe=recipe(None), plan=Plan(kind="train"), device=name)
+
+
+def test_a_device_that_is_not_here_is_refused(data, tmp_path):
+    with pytest.raises(ConfigError, match=r"device 'cuda:99': .* finds \d+ GPU"):
+        run(silent, job(recipe(data), tmp_path / "out", device="cuda:99"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_resuming_what_is_not_there_begins_and_says_so(data, tmp_path, caplog):
+    outcome = run(silent, job(recipe(data, steps=1), tmp_path, resume=True))
+    assert [step.step for step in outcome.steps] == [1]
+    assert f"no checkpoint in {tmp_path / 'checkpoints'} to resume" in caplog.text
+
+
 def test_a_cursor_belongs_to_its_data():
     recipe_ = {"model": "m", "tokens": 1, "sequences": 1, "seed": 0, "data": None}
     found = checkpoint.Checkpoint("somewhere", 7, {"recipe": recipe_, "data": "abc"})

@@ -1,17 +1,20 @@
 """The preset models: what tokens see, what is counted, recomputation that changes nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from stretto.errors import ConfigError
-from stretto.parallel.context import Attention
+from stretto.parallel.context import Attention, visible
 from stretto.train import shards
 from stretto.train.dit import Dit, DitShape
 from stretto.train.gpt import Gpt, GptShape, rotary, rotated
 from stretto.train.pictures import CAPTION_BYTES, Patterns
 from stretto.train.presets import PRESETS, task_of
-from stretto.train.recipe import Recipe
+from stretto.train.recipe import Descent, Recipe
+from stretto.train.tasks import causal_pairs
 from tests.train.make import recipe, write_text
 
 GPT = GptShape(layers=2, width=32, heads=4, kv_heads=2, hidden=48)
@@ -43,6 +46,33 @@ def test_a_document_sees_neither_other_documents_nor_its_future():
     changed = model(tokens, positions, (5, 7))
     assert torch.equal(changed[:, :9], out[:, :9])
     assert not torch.allclose(changed[:, 9:], out[:, 9:])
+
+
+def test_a_window_is_what_a_token_sees(tmp_path):
+    model = made(on_meta(Gpt, replace(GPT, layers=1, window=4)))
+    tokens, positions = torch.arange(12)[None], torch.tensor([*range(5), *range(7)])
+    out = model(tokens, positions, (5, 7))
+    tokens[0, 6] = 77
+    changed = (model(tokens, positions, (5, 7)) != out).any(-1)[0].nonzero().flatten()
+    assert changed.tolist() == [6, 7, 8, 9]  # itself and the three that still see it
+
+
+def test_joined_documents_are_one_per_sequence(tmp_path):
+    data = write_text(tmp_path / "t", files=50, size=20)
+    given = (recipe(data, documents=each, tokens=640) for each in ("apart", "joined"))
+    apart, joined = map(task_of, given)
+    first, other = apart.sample(3, 2), joined.sample(3, 2)
+    assert first.tokens.equal(other.tokens)
+    assert first.labels.equal(other.labels)
+    assert len(first.documents) > 2
+    assert other.documents == (640, 640)
+    assert other.positions.tolist() == [*range(640)] * 2
+    assert task_of(recipe(data, tokens=640)).sample(3, 2).documents == first.documents
+
+
+@pytest.mark.parametrize(("tokens", "window"), [(7, None), (7, 3), (7, 7), (7, 99), (1, 1)])
+def test_pairs_are_those_that_are_seen(tokens, window):
+    assert causal_pairs(tokens, window) == visible(tokens, tokens, True, window).sum()
 
 
 def test_rotation_depends_on_distance_alone():
@@ -139,10 +169,23 @@ def test_pictures_are_functions_of_seed_and_number():
         ({"model": "gpt-tinny"}, "did you mean 'gpt-tiny'"),
         ({"model": "dit-tiny", "tokens": 250}, "give 225 or 256"),
         ({"model": "dit-tiny", "tokens": 256, "data": "x"}, "reads no text"),
+        ({"model": "dit-tiny", "tokens": 256, "window": 8}, "reads no text, --window 8 is of text"),
         ({"dtype": "float8"}, "dtype 'float8' is unknown"),
+        ({"documents": "some"}, "documents 'some' is unknown; known are apart, joined"),
+        ({"window": 0}, "window=0: at least 1"),
+        ({"seed": -1}, "seed -1: from 0 to"),
+        ({"seed": 2**63}, "from 0 to 9223372036854775807"),
+        ({"tokens": 10**12}, r"--tokens \d+ or fewer"),
         ({"steps": 0}, "steps=0"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         task_of(Recipe(**fields))
+
+
+@pytest.mark.parametrize("name", ["rate", "weight_decay", "clip"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_descent_of_no_numbers_is_refused(name, value):
+    with pytest.raises(ConfigError, match="all of them finite"):
+        Descent(**{name: value})

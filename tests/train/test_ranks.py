@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.nn import functional
+from transformers import LlamaConfig, MistralConfig
 
 from stretto.mesh.local import LocalWorld
 from stretto.plan.model import Plan
@@ -70,6 +72,77 @@ def test_ranks_give_the_gradients_and_losses_of_one(name, data):
     for index, whole in enumerate(gradients):
         joined = torch.cat([rank[2][index] for rank in found])
         assert torch.allclose(joined, whole, rtol=1e-9, atol=1e-15)
+
+
+WINDOWS = {
+    "ring2": (Context.named("ring", 2), {}),
+    "auto2": (Context(ring=2), {"documents": "joined"}),
+    "ulysses2": (Context.named("ulysses", 2), {"tokens": 67, "recompute": True}),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_on_ranks_are_those_of_torch_on_one(name, data):
+    cp, changes = WINDOWS[name]
+    given = recipe(data, window=9, **changes)
+    job = Job(recipe=given, plan=Plan(kind="train", cp=cp))
+    # Unbound on one rank, attention is torch's own under a mask.
+    _, _, gradients = alone(job)
+    bound, _ = run_job(LocalWorld(Plan(kind="train").sizes).mesh(0), job_of(given))
+    found = run_ranks(trained, job.plan.sizes, job, timeout_s=110)
+    for rank_steps, _, _ in found:
+        assert [loss for loss, _ in rank_steps] == pytest.approx(bound, rel=1e-12)
+    for index, whole in enumerate(gradients):
+        joined = torch.cat([rank[2][index] for rank in found])
+        assert torch.allclose(joined, whole, rtol=1e-9, atol=1e-15)
+
+
+def first_step(mesh, job):
+    """Loss and gradients of a job's first step, the loss summed over ranks."""
+    task = task_of(job.recipe)
+    model = task.model()
+    with attention_bound(model, job.plan, mesh, alone=task.binds_alone):
+        trainer = build(task, model, job, mesh)
+        share = trainer.backward(trainer.draw())
+        (loss,) = shards.total([share], mesh)
+        return loss, [g.clone() for g in shards.gradients(model)]
+
+
+def each_document_alone(job):
+    """The same without stretto: a forward pass of transformers per document."""
+    task = task_of(job.recipe)
+    model, samples = task.model().double(), range(job.recipe.sequences)
+    parts = [task.sample(number) for number in samples]
+    total = torch.zeros((), dtype=torch.float64)
+    for part in parts:
+        assert len(part.documents) > 1
+        cuts = [x.split(part.documents, -1) for x in (part.tokens, part.labels)]
+        for tokens, labels in zip(*cuts, strict=True):
+            logits = model(input_ids=tokens, use_cache=False).logits[0]
+            total = total + functional.cross_entropy(logits, labels[0], reduction="sum")
+    loss = total / (job.recipe.sequences * job.recipe.tokens)
+    loss.backward()
+    return loss.item(), [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_documents_of_a_model_of_transformers_stay_apart(kind, data, tmp_path):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 264}
+    made = {"llama": LlamaConfig, "mistral": MistralConfig}[kind]
+    window = {"sliding_window": 11} if kind == "mistral" else {}
+    made(**shape, **window).save_pretrained(tmp_path)
+    given = recipe(data, model=str(tmp_path), documents="apart", tokens=2000, sequences=2)
+    loss, gradients = each_document_alone(job_of(given))
+    one = first_step(LocalWorld(Plan(kind="train").sizes).mesh(0), job_of(given))
+    plan = Plan(kind="train", cp=Context(ring=2))
+    two = run_ranks(first_step, plan.sizes, Job(recipe=given, plan=plan), timeout_s=110)
+    for found, _ in (one, *two):
+        assert found == pytest.approx(loss, rel=1e-12)
+    for index, whole in enumerate(gradients):
+        joined = torch.cat([rank[1][index] for rank in two])
+        for each in (one[1][index], joined):
+            assert torch.allclose(each, whole, rtol=1e-9, atol=1e-15)
 
 
 def test_two_ranks_resume_bitwise(data, tmp_path):

@@ -130,6 +130,14 @@ def test_what_is_no_text_is_refused(tmp_path):
         open_corpus(str(tmp_path / "empty"))
 
 
+def test_a_sequence_longer_than_the_text_is_refused(tmp_path):
+    folder = write_text(tmp_path / "text", files=1, size=100)
+    there = sum(document.tokens for document in open_corpus(folder).train)
+    open_corpus(folder, tokens=there)
+    with pytest.raises(ConfigError, match=f"--tokens {there} or fewer"):
+        open_corpus(folder, tokens=there + 1)
+
+
 def test_a_file_that_shrank_is_noticed(tmp_path):
     folder = write_text(tmp_path / "text", files=1, size=1000)
     corpus = open_corpus(folder)

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from stretto.cli.screen import Screen, output
-from stretto.cli.train_options import Down, Log, Machine, Split, Work, plan_of, recipe_of
+from stretto.cli.train_options import (
+    Down,
+    Log,
+    Machine,
+    Split,
+    Work,
+    check_threads,
+    plan_of,
+    recipe_of,
+)
 from stretto.errors import ConfigError
 from stretto.mesh.launch import prepare
 
@@ -62,6 +71,7 @@ def train(
     quiet
         Print nothing but errors.
     """
+    check_threads(machine.threads)
     if split.ranks != 1 or split.plan or split.cp:
         # First, since it works in another process while this one imports torch.
         prepare(PRELOAD, threads=machine.threads)

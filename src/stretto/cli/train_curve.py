@@ -37,6 +37,8 @@ def _picture(figure: Any, file: Path) -> str:
     except (ValueError, RuntimeError, ImportError) as error:
         # Plotly's exporter is kaleido, which drives a browser; either may be missing.
         file.unlink(missing_ok=True)
-        cause = str(error).strip().splitlines()[0]
-        return f"no curve.png ({cause}); pip install kaleido, and plotly_get_chrome for its browser"
+        return (
+            f"no curve.png ({type(error).__name__} of plotly's exporter): pip install kaleido, and "
+            "plotly_get_chrome for its browser"
+        )
     return ""

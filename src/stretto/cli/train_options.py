@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -31,10 +32,10 @@ class Split:
     Parameters
     ----------
     ranks
-        Processes to start; by default what the plan or --cp and --fsdp ask for, else 1.
+        Processes to start; by default what the plan or --fsdp asks for, else 1.
     cp
-        How ranks share each sequence: auto, ring, ulysses, usp(2), startrail(2), tile(2),
-        kv-allgather, pass-q, double-ring(2).
+        How ranks share each sequence, with --ranks: auto, ring, ulysses, usp(2), startrail(2),
+        tile(2), kv-allgather, pass-q, double-ring(2).
     fsdp
         Ranks, or groups of ranks, that take sequences of their own. Without --cp: all ranks.
     micro_batch
@@ -70,6 +71,11 @@ class Work:
         Steps in all, those before --resume included.
     seed
         Seed of weights and of the order of the data.
+    window
+        Keys that a token sees, itself included, of a gpt preset; by default all before it.
+    documents
+        Whether a token sees its own file only (apart) or all of its sequence before it (joined);
+        by default apart, of a transformers configuration joined.
     recompute
         Keep less of the forward pass; attention itself is never run twice.
     """
@@ -79,6 +85,8 @@ class Work:
     sequences: _Positive = 8
     steps: _Positive = 100
     seed: int = 0
+    window: _Degree = None
+    documents: Literal["apart", "joined"] | None = None
     recompute: bool = False
 
 
@@ -172,6 +180,8 @@ def recipe_of(model: str, work: Work, down: Down, dtype: str) -> Recipe:
         steps=work.steps,
         seed=work.seed,
         dtype=dtype,
+        window=work.window,
+        documents=work.documents,
         recompute=work.recompute,
         descent=descent,
     )
@@ -211,8 +221,38 @@ def _degrees(split: Split) -> tuple[int, int]:
     return fsdp, ranks // fsdp
 
 
+def check_threads(threads: int) -> None:
+    """Raise ConfigError for more threads per rank than there are cores: torch would crash."""
+    cores = os.cpu_count() or 1
+    if threads > cores:
+        raise ConfigError(
+            f"--threads {threads}: this machine has {cores} core(s)\n"
+            "  why: threads of a rank that wait for one another's core make every step slower\n"
+            f"  to fix: --threads {cores} or fewer, and fewer still with several ranks"
+        )
+
+
+def _check_split(split: Split, fsdp: int, shared: int) -> None:
+    """Raise ConfigError for options that would change nothing."""
+    if split.cluster is not None and split.cp != "auto":
+        raise ConfigError(
+            f"--cluster {split.cluster} without --cp auto: its rates decide nothing else\n"
+            "  to fix: --cp auto, or leave it out"
+        )
+    if split.cp not in (None, "auto") and shared == 1 and split.ranks != 1:
+        given = [f"--fsdp {split.fsdp}"] * bool(split.fsdp)
+        given.append("no --ranks" if split.ranks is None else f"--ranks {split.ranks}")
+        raise ConfigError(
+            f"--cp {split.cp} with {' and '.join(given)}: one rank to a sequence, and nobody to "
+            "share it with\n"
+            f"  to fix: --ranks {2 * fsdp} or more; without --cp every rank takes sequences of its "
+            "own"
+        )
+
+
 def _plan(split: Split, recipe: Recipe) -> Plan:
     fsdp, shared = _degrees(split)
+    _check_split(split, fsdp, shared)
     context, origin = Context(), None
     if split.cp == "auto" and shared > 1:
         from stretto.train.choice import best_context

@@ -57,16 +57,20 @@ def newest(folder: Path, *, warn: bool = True) -> Checkpoint | None:
 
 
 def opened(path: Path) -> Checkpoint:
-    """A complete checkpoint. Raises ConfigError when its state cannot be read."""
+    """A complete checkpoint. Raises ConfigError when its state cannot be read, or is no state."""
     state = _read_state(path / STATE)
     return Checkpoint(path, state["step"], state)
 
 
 def _read_state(file: Path) -> dict[str, Any]:
+    fix = f"  to fix: remove {file.parent}; an older checkpoint beside it is then the newest"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        state = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {file}: {error}; remove that folder") from None
+        raise ConfigError(f"cannot read {file}: {error}\n{fix}") from None
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise ConfigError(f"{file} does not say which step it is of\n{fix}")
+    return state
 
 
 def save(

@@ -46,6 +46,7 @@ def ranked(
     step. Raises ConfigError, Infeasible.
     """
     fields: dict[str, Any] = {"sequences": recipe.sequences, "dtype": _RATES[recipe.dtype]}
+    fields["window"] = recipe.window
     training = Training.of(
         arch_of(recipe), recipe.tokens, recompute=recipe.recompute, state_bytes=16, **fields
     )

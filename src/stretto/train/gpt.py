@@ -22,7 +22,9 @@ ROTARY_BASE = 500_000.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptShape:
-    """Sizes of a GPT. `hidden`: feed-forward width. Head dim is width / heads."""
+    """Sizes of a GPT. `hidden`: feed-forward width; `window`: keys that a token sees, itself
+    included, None for all before it. Head dim is width / heads.
+    """
 
     layers: int
     width: int
@@ -30,6 +32,7 @@ class GptShape:
     kv_heads: int
     hidden: int
     vocabulary: int = VOCABULARY
+    window: int | None = None
 
     @property
     def head_dim(self) -> int:
@@ -97,7 +100,8 @@ class GptBlock(nn.Module):
 
     def forward(self, x_BTM, rotation, documents):
         q, k, v = self._run(self.before, x_BTM, rotation)
-        attended = self.attention(q, k, v, causal=True, documents=documents)
+        mask = {"causal": True, "window": self.shape.window, "documents": documents}
+        attended = self.attention(q, k, v, **mask)
         return self._run(self.after, x_BTM, attended)
 
     def before(self, x_BTM, rotation):

@@ -66,6 +66,7 @@ class Job:
 
     def __post_init__(self) -> None:
         check_copies(self.plan)
+        check_device(self.device)
 
 
 def check_copies(plan: Plan) -> None:
@@ -77,6 +78,29 @@ def check_copies(plan: Plan) -> None:
             f"of the weights\n"
             f"  why: the trainer spreads weights over all {world} ranks, one copy in all\n"
             f"  to fix: dp: {{shard: {data.degree}}}, the same ranks, samples and gradients"
+        )
+
+
+def check_device(name: str | None, *, here: bool = False) -> None:
+    """Raise ConfigError for a device that no rank trains on; with `here`, that this machine lacks.
+
+    Only a rank asks the machine, since that may start CUDA in the process.
+    """
+    if name is None:
+        return
+    fix = "  to fix: --device cpu or cuda, or leave it out: a GPU per rank where there is one"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in _PEAK_SIDE:
+        raise ConfigError(f"device {name!r}: ranks train on cpu or cuda\n{fix}")
+    if not here or device.type == "cpu":
+        return
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise ConfigError(
+            f"device {name!r}: torch {torch.__version__} finds {count} GPU(s) here\n{fix}"
         )
 
 
@@ -118,6 +142,7 @@ def run(tell: Tell, job: Job) -> Outcome:
 
 def on_mesh(job: Job, work: Callable[[Mesh], Outcome]) -> Outcome:
     """What `work` makes of the job's mesh, its errors told to the peers and theirs completed."""
+    check_device(job.device, here=True)
     started_alone = job.plan.world_size == 1 and "RANK" not in os.environ
     with own_group(job) if started_alone else contextlib.nullcontext():
         mesh = init_mesh(job.plan, device=job.device, timeout_s=job.timeout_s)
@@ -141,9 +166,11 @@ class Rank:
         self.tell("reading data")
         task = task_of(self.job.recipe)
         _same_data(task, self.mesh)
+        for remark in task.remarks if self.mesh.world_rank == 0 else ():
+            log.warning(remark)
         self.tell("building the model")
         model = task.model()
-        with attention_bound(model, self.job.plan, self.mesh):
+        with attention_bound(model, self.job.plan, self.mesh, alone=task.binds_alone):
             trainer = build(task, model, self.job, self.mesh)
             note, done = self._resume(trainer)
             outcome = self._outcome(trainer, note)
@@ -171,6 +198,8 @@ class Rank:
         """Continue from the newest checkpoint; the note on it and its step."""
         found = self._newest() if self.job.resume else None
         if found is None:
+            if self.job.resume and self.mesh.world_rank == 0:
+                log.warning("no checkpoint in %s to resume: begun at step 1", self.folder)
             return "", 0
         state = self._state(trainer)
         check_cursor(found, state)
@@ -226,13 +255,15 @@ def build(
 
 
 def attention_bound(
-    model: nn.Module, plan: Plan, mesh: Mesh
+    model: nn.Module, plan: Plan, mesh: Mesh, *, alone: bool = False
 ) -> contextlib.AbstractContextManager[Any]:
-    """Inside, attention works on this rank's rows of a sequence; nothing to bind on one rank.
+    """Inside, attention works on this rank's rows of a sequence.
+
+    On one rank there is nothing to bind, unless the task needs that (`alone`).
 
     Before sharding, because what checks a model of transformers runs it.
     """
-    if plan.cp.degree == 1:
+    if plan.cp.degree == 1 and not alone:
         return contextlib.nullcontext()
     from stretto.parallel.api import parallelize
 
@@ -242,9 +273,9 @@ def attention_bound(
 def check_cursor(found: checkpoint.Checkpoint, state: dict[str, Any]) -> None:
     """Raise ConfigError where a step number would mean other data than when it was saved."""
     was, now = found.state, state
-    names = ("model", "tokens", "sequences", "seed", "data")
-    pairs = {name: (was["recipe"][name], now["recipe"][name]) for name in names}
-    pairs["files"] = (was["data"], now["data"])
+    names, recipe = ("model", "tokens", "sequences", "seed", "data"), was.get("recipe", {})
+    pairs = {name: (recipe.get(name), now["recipe"][name]) for name in names}
+    pairs["files"] = (was.get("data"), now["data"])
     differing = [f"{name} {a!r} there, {b!r} here" for name, (a, b) in pairs.items() if a != b]
     if differing:
         raise ConfigError(
@@ -256,12 +287,22 @@ def check_cursor(found: checkpoint.Checkpoint, state: dict[str, Any]) -> None:
 
 def resume_note(found: checkpoint.Checkpoint, state: dict[str, Any]) -> str:
     """One line on how this run continues the one that saved."""
-    parts = [f"resumed after step {found.step} of {found.path}"]
-    same = ("plan", "ranks", "versions", "recipe")
-    changed = [name for name in same if found.state[name] != json.loads(json.dumps(state[name]))]
+    parts, now = [f"resumed after step {found.step} of {found.path}"], json.loads(json.dumps(state))
+    changed = [name for name in ("plan", "ranks", "versions") if found.state.get(name) != now[name]]
     if changed:
         parts.append(f"not bitwise: {', '.join(changed)} changed, so sums have another order")
+    was, recipe = _flat(found.state["recipe"]), _flat(now["recipe"])
+    # What an older release did not know of stood at None.
+    pairs = {name: (was.get(name), value) for name, value in recipe.items()}
+    asked = [f"{name} {a} there, {b} here" for name, (a, b) in pairs.items() if a != b]
+    if asked:
+        parts.append(f"not bitwise: recipe changed ({', '.join(asked)})")
     return "; ".join(parts)
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    inner = recipe.get("descent", {})
+    return {key: value for key, value in recipe.items() if key != "descent"} | inner
 
 
 def _same_data(task: Task, mesh: Mesh) -> None:

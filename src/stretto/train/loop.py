@@ -16,7 +16,7 @@ from torch import nn
 
 from stretto.errors import NonFinite
 from stretto.mesh.mesh import Mesh
-from stretto.plan import ranges
+from stretto.parallel.context import own_rows
 from stretto.plan.model import Plan
 from stretto.train import checkpoint, shards
 from stretto.train.descent import optimizer_of, rate_at, set_rate
@@ -157,11 +157,11 @@ class Trainer:
 
     def _rows(self, sample: Any) -> torch.Tensor | None:
         """Rows of a sample that the attention plan gives this rank, None for all."""
-        ranks = self.mesh.size("cp")
-        if ranks == 1:
+        if self.mesh.size("cp") == 1:
             return None
+        # As attention settles its layout, which a window must not change.
         mask, length = self.task.mask(sample), self.task.length(sample)
-        own = ranges.shard(self.plan.cp.layout, length, ranks, mask)[self.mesh.rank("cp")]
+        own = own_rows(length, self.mesh, self.plan.cp, mask)
         spans = [torch.arange(*span) for span in own]
         return torch.cat(spans) if spans else torch.zeros(0, dtype=torch.int64)
 

@@ -55,15 +55,9 @@ def task_of(recipe: Recipe) -> Task:
         from stretto.train.huggingface import hugging_face_task
 
         return hugging_face_task(recipe)
-    common = (recipe.tokens, recipe.seed, recipe.recompute)
     if isinstance(preset.shape, GptShape):
-        return text_task(recipe.model, preset.shape, recipe.data, *common)
-    if recipe.data is not None:
-        raise ConfigError(
-            f"{recipe.model} learns drawn patterns and reads no text: leave out --data "
-            f"{recipe.data}, or take a gpt preset"
-        )
-    return picture_task(recipe.model, preset.shape, *common)
+        return text_task(recipe, preset.shape)
+    return picture_task(recipe, preset.shape)
 
 
 def _unknown(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -9,6 +10,9 @@ from stretto.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float64")
 OPTIMIZERS = ("adamw", "sgd")
+DOCUMENTS = ("apart", "joined")
+#: Seeds lie below; the order of held-out text has a key of its own there.
+SEEDS = 2**63
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +33,15 @@ class Descent:
 
     def __post_init__(self):
         _known("optimizer", self.optimizer, OPTIMIZERS)
-        if self.rate <= 0 or self.clip < 0 or self.warmup < 0:
+        numbers = (self.rate, self.warmup, self.weight_decay, self.clip)
+        if not all(0 <= number < math.inf for number in numbers) or not self.rate:
             raise ConfigError(
-                f"rate {self.rate:g}, clip {self.clip:g}, warmup {self.warmup}: the rate is above "
-                "0, the others at least 0"
+                f"rate {self.rate:g}, warmup {self.warmup}, weight decay {self.weight_decay:g}, "
+                f"clip {self.clip:g}: the rate is above 0, the others at least 0, all of them "
+                "finite\n"
+                "  why: weights would not move, grow without end, or be no numbers\n"
+                "  to fix: as in --rate 1e-3 --warmup 20 --weight-decay 0.1 --clip 1; --clip 0 is "
+                "no clipping"
             )
 
 
@@ -42,7 +51,10 @@ class Recipe:
 
     `model`: a preset, or a folder with a transformers config.json. `data`: a file or folder of
     text, None for the installed standard library. `tokens` of one sequence, `sequences` of one
-    step. `recompute`: keep less of the forward pass, at a third more arithmetic outside attention.
+    step. `window`: keys that a token sees, itself included, None for all. `documents`: `apart`
+    where a token sees its own file only, `joined` where it sees all that is packed before it, None
+    for what the model is meant for: presets apart, models of transformers joined. `recompute`: keep
+    less of the forward pass, at a third more arithmetic outside attention.
     """
 
     model: str = "gpt-tiny"
@@ -52,14 +64,25 @@ class Recipe:
     steps: int = 100
     seed: int = 0
     dtype: str = "float32"
+    window: int | None = None
+    documents: Literal["apart", "joined"] | None = None
     recompute: bool = False
     descent: Descent = field(default_factory=Descent)
 
     def __post_init__(self):
         _known("dtype", self.dtype, DTYPES)
-        for name in ("tokens", "sequences", "steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
+        if self.documents is not None:
+            _known("documents", self.documents, DOCUMENTS)
+        for name in ("tokens", "sequences", "steps", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: at least 1")
+        if not 0 <= self.seed < SEEDS:
+            raise ConfigError(
+                f"seed {self.seed}: from 0 to {SEEDS - 1}\n"
+                "  why: it is half of a key of 128 bits that orders the data\n"
+                "  to fix: as in --seed 0"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -7,7 +7,7 @@ outside, from `mask`, and comes back as an index.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from stretto.plan.ranges import Mask
 from stretto.train.dit import Dit, DitShape
 from stretto.train.gpt import Gpt, GptShape
 from stretto.train.pictures import Noised, Patterns
+from stretto.train.recipe import Recipe
 from stretto.train.text import Corpus, Packed, Stream, open_corpus
 
 #: Label of a token whose successor is unknown; such tokens do not count.
@@ -36,6 +37,16 @@ class Task(Protocol):
     @property
     def digest(self) -> str:
         """Names the data: another digest is other data."""
+        ...
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What somebody who trains this should know."""
+        ...
+
+    @property
+    def binds_alone(self) -> bool:
+        """Whether attention is bound on one rank too, which then needs more than torch's own."""
         ...
 
     def model(self) -> nn.Module:
@@ -71,7 +82,10 @@ class Task(Protocol):
 
 @dataclass
 class TextTask:
-    """Predict the next byte of packed documents with a preset GPT."""
+    """Predict the next byte of packed documents with a preset GPT.
+
+    `joined`: a token sees the documents before its own too, as far as its sequence reaches.
+    """
 
     name: str
     shape: GptShape
@@ -80,10 +94,17 @@ class TextTask:
     held_out: Stream
     tokens: int
     recompute: bool = False
+    joined: bool = False
+    remarks: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
         return self.corpus.digest
+
+    @property
+    def binds_alone(self) -> bool:
+        # Torch's own attention holds a mask of all queries and keys for a window.
+        return self.shape.window is not None
 
     def model(self) -> nn.Module:
         with torch.device("meta"):
@@ -91,10 +112,11 @@ class TextTask:
 
     def sample(self, number, count=1, *, held_out=False) -> Packed:
         stream = self.held_out if held_out else self.stream
-        return stream.packed(number, self.tokens, count)
+        packed = stream.packed(number, self.tokens, count)
+        return rows_of(packed, self.tokens, count) if self.joined else packed
 
     def mask(self, sample: Packed) -> Mask:
-        return Mask(causal=True, documents=sample.documents)
+        return Mask(causal=True, window=self.shape.window, documents=sample.documents)
 
     def length(self, sample: Packed) -> int:
         return len(sample.tokens)
@@ -113,7 +135,7 @@ class TextTask:
         return next_token_loss(logits[0], part.labels)
 
     def flops(self, sample: Packed) -> float:
-        pairs = sum(n * (n + 1) // 2 for n in sample.documents)
+        pairs = sum(causal_pairs(n, self.shape.window) for n in sample.documents)
         per_pair = 4 * self.shape.layers * self.shape.heads * self.shape.head_dim
         return 3.0 * (2 * self.shape.multiplied * self.length(sample) + per_pair * pairs)
 
@@ -128,10 +150,15 @@ class PictureTask:
     grid: int
     recompute: bool = False
     digest: str = "patterns/1"
+    remarks: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
         return self.grid**2
+
+    @property
+    def binds_alone(self) -> bool:
+        return False
 
     def model(self) -> nn.Module:
         with torch.device("meta"):
@@ -181,25 +208,48 @@ def next_token_loss(logits_TV: torch.Tensor, labels_T: torch.Tensor) -> torch.Te
     )
 
 
-def text_task(
-    name: str, shape: GptShape, data: str | None, tokens: int, seed: int, recompute: bool
-) -> TextTask:
-    """A GPT on the text of a folder."""
-    corpus = open_corpus(data)
-    streams = corpus.stream(seed), corpus.held_out_stream()
-    return TextTask(name, shape, corpus, *streams, tokens, recompute)
+def causal_pairs(tokens: int, window: int | None = None) -> int:
+    """Pairs of a query and a key that it sees, in one document."""
+    seen = tokens if window is None else min(tokens, window)
+    return seen * (seen + 1) // 2 + (tokens - seen) * seen
 
 
-def picture_task(
-    name: str, shape: DitShape, tokens: int, seed: int, recompute: bool
-) -> PictureTask:
-    """A DiT on patterns. Raises ConfigError when the tokens make no square."""
-    grid = math.isqrt(tokens)
-    if grid**2 != tokens:
+def rows_of(packed: Packed, tokens: int, count: int) -> Packed:
+    """The same tokens with every sequence taken for one document."""
+    positions = torch.arange(tokens).repeat(count)
+    return replace(packed, positions=positions, documents=(tokens,) * count)
+
+
+def text_task(recipe: Recipe, shape: GptShape) -> TextTask:
+    """A GPT on the text of a folder. Raises ConfigError."""
+    corpus = open_corpus(recipe.data, tokens=recipe.tokens)
+    return TextTask(
+        recipe.model,
+        replace(shape, window=recipe.window),
+        corpus,
+        corpus.stream(recipe.seed),
+        corpus.held_out_stream(),
+        recipe.tokens,
+        recipe.recompute,
+        recipe.documents == "joined",
+    )
+
+
+def picture_task(recipe: Recipe, shape: DitShape) -> PictureTask:
+    """A DiT on patterns. Raises ConfigError: no square of tokens, options of text."""
+    given = {n: getattr(recipe, n) for n in ("data", "window", "documents")}
+    asked = [f"--{name} {value}" for name, value in given.items() if value is not None]
+    if asked:
         raise ConfigError(
-            f"{tokens} tokens are no square of patches; give {grid**2} or {(grid + 1) ** 2}"
+            f"{recipe.model} learns drawn patterns and reads no text, {', '.join(asked)} is of text"
+            f"\n  to fix: leave it out, or take a gpt preset"
         )
-    return PictureTask(name, shape, Patterns(seed), grid, recompute)
+    grid = math.isqrt(recipe.tokens)
+    if grid**2 != recipe.tokens:
+        raise ConfigError(
+            f"{recipe.tokens} tokens are no square of patches; give {grid**2} or {(grid + 1) ** 2}"
+        )
+    return PictureTask(recipe.model, shape, Patterns(recipe.seed), grid, recipe.recompute)
 
 
 def to_device(part: Any, device: torch.device) -> Any:

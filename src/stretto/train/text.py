@@ -164,11 +164,11 @@ class Corpus:
         return Stream(self.held_out, None)
 
 
-def open_corpus(source: str | None) -> Corpus:
+def open_corpus(source: str | None, *, tokens: int = 1) -> Corpus:
     """The text below a folder, or in a file; None is the installed standard library's sources.
 
-    A file whose first kilobyte holds a zero byte is no text. Raises ConfigError: no such place, or
-    less text there than two tokens on each side of the split.
+    A file whose first kilobyte holds a zero byte is no text. Raises ConfigError: no such place,
+    less text there than two tokens on each side of the split, or than a sequence of `tokens`.
     """
     root = Path(source or sysconfig.get_paths()["stdlib"])
     pattern = "*" if source else "*.py"
@@ -181,6 +181,13 @@ def open_corpus(source: str | None) -> Corpus:
         raise ConfigError(
             f"{root} holds {len(sizes)} text file(s) of {sum(sizes.values())} bytes in all: too "
             f"little to hold out one part in {HELD_OUT}; give more text"
+        )
+    there = sum(d.tokens for d in train)
+    if tokens > there:
+        raise ConfigError(
+            f"a sequence of {tokens} tokens, and {root} holds {there} to train on\n"
+            "  why: it would hold the same text several times, to be copied and not learnt\n"
+            f"  to fix: --tokens {there} or fewer, or more text"
         )
     named = [(str(d.path.relative_to(root)), d.begin, d.end) for d in (*train, *held_out)]
     digest = hashlib.sha256(repr((named, len(train))).encode()).hexdigest()[:16]
