@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter, validators
 
@@ -13,27 +14,32 @@ from stretto.cost.train_words import bytes_of
 from stretto.errors import ConfigError
 from stretto.plan.io import read_plan
 from stretto.plan.model import Plan
-from stretto.plan.options import StepsCase
+from stretto.plan.options import Context, StepsCase
 from stretto.quantities import parse
 from stretto.search import judge
 from stretto.search.resolve import resolve
 from stretto.workload.denoise import flow_noise
 from stretto.workload.model import read_workload
-from stretto.workload.train import Training
+from stretto.workload.train import Dtype, Training
 
 _Steps = Annotated[int | None, Parameter(validator=validators.Number(gte=1))]
+#: Of one sequence, where --tokens does not say; as in `stretto plan train`.
+_TOKENS = 65536
 _Shift = Annotated[float, Parameter(validator=validators.Number(gt=0))]
 
 
 def explain(
-    plan: Path,
+    plan: str,
     *,
+    ranks: _Steps = None,
     workload: Path | None = None,
     model: str | None = None,
     tokens: _Steps = None,
     sequences: _Steps = None,
+    dtype: Dtype | None = None,
+    window: _Steps = None,
     cluster: str | None = None,
-    diff: Path | None = None,
+    diff: str | None = None,
     steps: _Steps = None,
     shift: _Shift = 1.0,
     guided_bytes: str | None = None,
@@ -47,7 +53,10 @@ def explain(
     Parameters
     ----------
     plan
-        A plan file.
+        A plan file, or the name of an attention plan: ring, ulysses, usp(2), startrail(2), tile(2),
+        kv-allgather, pass-q, double-ring(2).
+    ranks
+        Ranks of a named plan, by default all devices of --cluster.
     workload
         A workload file; needs --cluster too, unless it is one of training.
     model
@@ -56,10 +65,14 @@ def explain(
         Tokens of one sequence, with --model.
     sequences
         Sequences of one step, with --model.
+    dtype
+        Of activations and messages, with --model; by default bf16.
+    window
+        Keys that a token sees, with --model; by default what the model says.
     cluster
         A cluster file, or the name of a preset such as h100-x8.
     diff
-        A second plan file to set beside the first.
+        A second plan file or name, to set beside the first.
     steps
         Denoising steps, where there is no workload: shows the windows.
     shift
@@ -69,8 +82,9 @@ def explain(
     json
         Print one JSON object.
     """
-    plans = [read_plan(path) for path in (plan, diff) if path is not None]
-    job = _job(plans, workload, model, tokens, sequences)
+    plans = _plans([each for each in (plan, diff) if each is not None], ranks, cluster)
+    fields = {"tokens": tokens, "sequences": sequences, "dtype": dtype, "window": window}
+    job = _job(plans, workload, model, {k: v for k, v in fields.items() if v is not None})
     if job is not None or plans[0].kind == "train":
         if steps is not None or guided_bytes is not None:
             raise ConfigError("--steps and --guided-bytes are of a generation, not of training")
@@ -92,21 +106,47 @@ def explain(
     return 0
 
 
+def _plans(asked: Sequence[str], ranks: int | None, cluster: str | None) -> list[Plan]:
+    """The plans of files and names, all of one kind. Raises ConfigError, PlanMismatch."""
+    named = [each for each in asked if not _is_file(each)]
+    if ranks is not None and not named:
+        raise ConfigError("--ranks is of a plan that is named; a plan file says its own")
+    if named and ranks is None:
+        if cluster is None:
+            raise ConfigError(
+                f"plan {named[0]!r} is no file, and as a name it lacks a number of ranks\n"
+                "  to fix: --ranks or --cluster beside a name, or the path of a plan file"
+            )
+        ranks = Cluster.read(cluster).size
+    found = [_named(each, ranks or 1) if each in named else read_plan(each) for each in asked]
+    if len({each.kind for each in found}) > 1:
+        kinds = [f"{name} to {each.kind}" for name, each in zip(asked, found, strict=True)]
+        raise ConfigError(f"{' and '.join(kinds)}: plans of one kind stand side by side")
+    return found
+
+
+def _is_file(plan: str) -> bool:
+    path = Path(plan)
+    return path.exists() or path.name != plan or path.suffix in (".yaml", ".yml", ".json")
+
+
+def _named(name: str, ranks: int) -> Plan:
+    return Plan(kind="train", cp=Context.named(name, ranks))
+
+
 def _job(
-    plans: list[Plan],
-    workload: Path | None,
-    model: str | None,
-    tokens: int | None,
-    sequences: int | None,
+    plans: list[Plan], workload: Path | None, model: str | None, fields: dict[str, Any]
 ) -> Training | None:
-    """The training workload that is meant, if any."""
-    if model is None and (tokens is not None or sequences is not None):
-        raise ConfigError("--tokens and --sequences belong to --model; a --workload has its own")
+    """The training workload that is meant, if any; `fields` are those of --model."""
+    if model is None and fields:
+        given = ", ".join(f"--{name}" for name in fields)
+        raise ConfigError(f"{given} without --model: a --workload has its own")
     if model is not None:
         if workload is not None:
             raise ConfigError("--model stands in for a workload: give one or the other")
-        fallback = plans[0].dp.degree
-        return Training.of(model, tokens or 65536, sequences=sequences or fallback)
+        if {each.kind for each in plans} != {"train"}:
+            raise ConfigError(f"--model {model} is trained, and the plan is one of a generation")
+        return Training.of(model, **{"tokens": _TOKENS, "sequences": plans[0].dp.degree} | fields)
     found = read_workload(workload) if workload is not None else None
     kinds = {plan.kind for plan in plans}
     if isinstance(found, Training) and kinds != {"train"}:
@@ -117,9 +157,14 @@ def _job(
 
 
 def _training(plans: list[Plan], job: Training | None, cluster: str | None, *, json: bool) -> str:
+    if job is None and cluster is not None:
+        raise ConfigError(
+            f"--cluster {cluster} and nothing to train on it\n"
+            "  to fix: --model with --tokens, or a --workload"
+        )
     if not json:
         return judge.explain(plans[0], job, cluster, diff=plans[1] if plans[1:] else None)
-    if job is None or cluster is None:
+    if job is None:
         facts = [
             {"plan": str(each), "ranks": each.world_size, "axes": each.sizes} for each in plans
         ]
@@ -128,19 +173,20 @@ def _training(plans: list[Plan], job: Training | None, cluster: str | None, *, j
     return jsonlib.dumps({"plans": found}, indent=2)
 
 
-def _priced(job: Training, cluster: str, plan: Plan) -> dict:
-    """An estimate as plain data, with the exact bytes of one attention."""
-    found, known = judge.estimate(job, cluster, plan), Cluster.read(cluster)
+def _priced(job: Training, cluster: str | None, plan: Plan) -> dict:
+    """Exact bytes of one attention as plain data, with a cluster beside an estimate."""
+    known = Cluster.read(cluster) if cluster is not None else None
+    found = {"plan": str(plan)} if known is None else judge.estimate(job, known, plan).as_dict()
     exact = bytes_of(job, plan, known)
     lines = [
         {"pass": name, **line.as_dict()}
         for name, part in (("forward", exact.forward), ("backward", exact.backward))
         for line in part
     ]
-    return found.as_dict() | {
+    return found | {
         "one_attention": {
             "bytes_per_rank": list(exact.per_rank),
-            "link_bytes": exact.links,
+            "link_bytes": exact.links if known else None,
             "phases": lines,
             "steps": exact.steps,
             "peak_blocks": exact.peak_blocks,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from stretto.cluster.model import Cluster
 from stretto.cost.attention import Pass
 from stretto.cost.attention_bytes import Call, by_phase, terms
@@ -14,6 +12,12 @@ from stretto.plan.model import Plan
 from stretto.plan.options import AttentionCase, Context
 from stretto.quantities import short
 from stretto.workload.train import Training
+
+#: What none of these figures holds.
+_WEIGHTS = (
+    "  not counted: gathers of weights and sums of gradients over all ranks, the same under every "
+    "plan of as many"
+)
 
 
 def case_of(training: Training, context: Context) -> AttentionCase:
@@ -48,6 +52,7 @@ def render(found: TrainEstimate, training: Training, cluster: Cluster) -> str:
         *_passes(found),
         *_ledger(bytes_of(training, plan, cluster), found.calls, across=True),
         *_memory(found),
+        _WEIGHTS,
         *(f"  note: {each}" for each in warnings(found, training)),
     ]
     return "\n".join(lines)
@@ -59,7 +64,8 @@ def without_cluster(training: Training, plan: Plan) -> str:
     found = bytes_of(training, plan)
     shape = f"{training.model}, {training.sequences} x {training.tokens} tokens, {training.dtype}"
     peak = f"  peak of the column: {found.peak_blocks:.4g} blocks beside inputs and outputs"
-    return "\n".join([str(plan), f"  {shape}", *_ledger(found, calls, across=False), peak])
+    lines = [str(plan), f"  {shape}", *_ledger(found, calls, across=False), peak, _WEIGHTS]
+    return "\n".join(lines)
 
 
 def outline(plan: Plan) -> str:
@@ -151,7 +157,8 @@ def _ledger(found: Ledger, calls: int, *, across: bool) -> list[str]:
         most = sum(line.most for line in part)
         lines.append(f"    {name}: at most {most} bytes per rank")
     least, most = min(found.per_rank), max(found.per_rank)
-    lines.append(f"  whole step, {calls} attentions: {calls * least} to {calls * most} per rank")
+    sent = f"{calls * least} to {calls * most}" if least < most else f"{calls * most}"
+    lines.append(f"  whole step, {calls} attentions: {sent} bytes per rank")
     if across:
         lines += [f"  {name}: {calls * count} bytes" for name, count in found.links.items()]
         busiest = max(found.out_of_node.values(), default=0)
@@ -166,9 +173,12 @@ def _line(line: Line, *, across: bool) -> str:
 
 
 def _memory(found: TrainEstimate) -> list[str]:
-    gib = {name: count / 2**30 for name, count in found.memory.as_dict().items()}
-    parts: Sequence[str] = [f"{name} {count:.2f}" for name, count in gib.items() if count >= 0.005]
+    total = found.memory.total
+    # Of a tiny model, hundredths of a GiB would all be 0.00.
+    unit, size = ("GiB", 2**30) if total >= 2**28 else ("MiB", 2**20)
+    counts = {name: count / size for name, count in found.memory.as_dict().items()}
+    parts = [f"{name} {count:.2f}" for name, count in counts.items() if count >= 0.005]
     return [
-        f"  memory: {found.memory.total / 2**30:.2f} of {found.room / 2**30:.2f} GiB per rank: "
+        f"  peak memory: {total / size:.2f} {unit} of {found.room / 2**30:.2f} GiB per rank: "
         + ", ".join(parts)
     ]
