@@ -67,6 +67,17 @@ def test_a_resumed_run_continues_its_metrics(data, tmp_path, capsys):
     assert losses(out) == losses(tmp_path / "whole")
 
 
+def test_resuming_a_finished_run_changes_no_result(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(*SMALL, "--data", data, "--quiet", out=out) == 0
+    before = (out / "result.json").read_bytes(), losses(out)
+    assert train(*SMALL, "--data", data, "--resume", out=out) == 0
+    told = capsys.readouterr().out
+    assert "no step was left to do" in told
+    assert "nan" not in told
+    assert ((out / "result.json").read_bytes(), losses(out)) == before
+
+
 def test_a_configuration_of_transformers_trains(data, tmp_path, capsys):
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 264}

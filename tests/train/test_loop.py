@@ -236,8 +236,24 @@ def test_what_of_a_recipe_changed_is_named(data):
 @pytest.mark.parametrize("text", ["{", "[]", '{"step": "x"}'])
 def test_a_state_that_is_none_says_what_to_remove(text, tmp_path):
     (tmp_path / "state.json").write_text(text)
-    with pytest.raises(ConfigError, match=f"to fix: remove {tmp_path}"):
+    with pytest.raises(ConfigError, match=f"cannot read {tmp_path}: state.json"):
         checkpoint.opened(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["__0_0.distcp", ".metadata"])
+@pytest.mark.parametrize("content", [b"", b"garbage"], ids=["empty", "garbage"])
+def test_a_damaged_checkpoint_says_what_to_remove(damage, content, data, tmp_path):
+    run(silent, job(recipe(data, steps=1), tmp_path))
+    folder = tmp_path / "checkpoints/step-00000001"
+    (folder / damage).write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"cannot read {folder}: .+[\s\S]*to fix: remove it"):
+        run(silent, job(recipe(data, steps=2), tmp_path, resume=True))
+
+
+def test_fewer_steps_than_are_done_are_refused(data, tmp_path):
+    run(silent, job(recipe(data, steps=2), tmp_path))
+    with pytest.raises(ConfigError, match=r"has done 2 steps[\s\S]*--steps 3 for 1 more"):
+        run(silent, job(recipe(data, steps=1), tmp_path, resume=True))
 
 
 @pytest.mark.parametrize("name", ["tpu", "meta", ""])

@@ -124,6 +124,10 @@ def _run(job: Job, threads: int, compare: bool, screen: Screen) -> tuple[dict[st
     else:
         outcomes = comparing.start(job, threads=threads, on_note=screen.note)
     result = train_result.document(job, outcomes, found, threads, load)
+    if not outcomes[0].steps:
+        return result | {"files": []}, [
+            "no step was left to do: curve and result stay as they were"
+        ]
     return result, train_result.write(Path(job.out or "."), result)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+#: Columns of a row that say how fast it was, and how they are written.
+_SPEED = {"median_s": ".3f", "tokens_per_second": ".0f", "mfu": ".0%"}
 
 
 def show(result: dict[str, Any], notes: list[str], out: Path) -> None:
@@ -30,7 +34,8 @@ def show(result: dict[str, Any], notes: list[str], out: Path) -> None:
         lines.append(f"checkpoint: {result['checkpoint']}")
     for line in (*lines, *notes):
         console.print(Text(line, style="dim"))
-    console.print(Text(f"written: {out} ({', '.join(result['files'])})"))
+    if result["files"]:
+        console.print(Text(f"written: {out} ({', '.join(result['files'])})"))
 
 
 def _table(result: dict[str, Any]) -> Table:
@@ -46,8 +51,11 @@ def _table(result: dict[str, Any]) -> Table:
             str(row["steps"]),
             "-" if row["loss"] is None else f"{row['loss']:.4f}",
             "-" if held_out is None else f"{held_out:.4f}",
-            f"{row['median_s']:.3f}",
-            f"{row['tokens_per_second']:.0f}",
-            f"{row['mfu']:.0%}",
+            *(_or_dash(row[name], form) for name, form in _SPEED.items()),
         )
     return table
+
+
+def _or_dash(value: float, form: str) -> str:
+    """Nothing was timed where no step was left to do."""
+    return "-" if math.isnan(value) else format(value, form)

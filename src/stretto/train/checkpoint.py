@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -31,6 +32,17 @@ log = logging.getLogger(__name__)
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d+)")
 _METADATA = ".metadata"
+#: What unpickling of anything may raise.
+_DAMAGED = (
+    OSError,
+    ValueError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    TypeError,
+    pickle.UnpicklingError,
+)
 #: A message names at most this many keys.
 _SHOWN = 6
 
@@ -63,14 +75,33 @@ def opened(path: Path) -> Checkpoint:
 
 
 def _read_state(file: Path) -> dict[str, Any]:
-    fix = f"  to fix: remove {file.parent}; an older checkpoint beside it is then the newest"
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {file}: {error}\n{fix}") from None
+        raise _unreadable(file.parent, f"{STATE}: {error}") from None
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-        raise ConfigError(f"{file} does not say which step it is of\n{fix}")
+        raise _unreadable(file.parent, f"{STATE} does not say which step it is of")
     return state
+
+
+def _unreadable(path: Path, cause: str) -> ConfigError:
+    return ConfigError(
+        f"cannot read {path}: {cause}\n"
+        "  why: it was damaged after it was written; a folder gets this name when it is complete\n"
+        "  to fix: remove it; an older checkpoint beside it is then the newest"
+    )
+
+
+def _said(error: BaseException) -> str:
+    return str(error) or type(error).__name__
+
+
+def _metadata(path: Path) -> Mapping[str, Any]:
+    """What a checkpoint says of its tensors, by name. Raises ConfigError."""
+    try:
+        return dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    except _DAMAGED as error:
+        raise _unreadable(path, f"{_METADATA}: {_said(error)}") from None
 
 
 def save(
@@ -153,16 +184,20 @@ def load(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], mesh: Mesh) -
 
     Raises ConfigError naming the keys that only one side has, or whose shapes differ.
     """
-    reader = dcp.FileSystemReader(checkpoint.path)
+    path = checkpoint.path
+    _compare(path, _metadata(path), tensors)
     try:
-        _compare(checkpoint.path, reader.read_metadata().state_dict_metadata, tensors)
         with _quiet():
-            dcp.load(tensors, storage_reader=reader, no_dist=mesh.world_size == 1)
+            dcp.load(
+                tensors,
+                storage_reader=dcp.FileSystemReader(path),
+                no_dist=mesh.world_size == 1,
+            )
     except CheckpointException as error:
-        causes = "; ".join(f"rank {r}: {cause[0]}" for r, cause in error.failures.items())
-        raise ConfigError(f"cannot read {checkpoint.path}: {causes}") from None
+        causes = (f"rank {rank}: {_said(cause[0])}" for rank, cause in error.failures.items())
+        raise _unreadable(path, "; ".join(causes)) from None
     except OSError as error:
-        raise ConfigError(f"cannot read {checkpoint.path}: {error}") from None
+        raise _unreadable(path, str(error)) from None
 
 
 @contextlib.contextmanager
@@ -175,10 +210,7 @@ def _quiet() -> Iterator[None]:
 
 def saved_keys(checkpoint: Checkpoint) -> set[str]:
     """Names of all tensors in a checkpoint. Raises ConfigError."""
-    try:
-        return set(dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata)
-    except OSError as error:
-        raise ConfigError(f"cannot read {checkpoint.path}: {error}") from None
+    return set(_metadata(checkpoint.path))
 
 
 def _compare(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, torch.Tensor]) -> None:

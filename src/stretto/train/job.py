@@ -203,6 +203,7 @@ class Rank:
             return "", 0
         state = self._state(trainer)
         check_cursor(found, state)
+        check_ahead(found, self.job.recipe.steps)
         trainer.restore(found)
         note = resume_note(found, state)
         if self.mesh.world_rank == 0:
@@ -282,6 +283,16 @@ def check_cursor(found: checkpoint.Checkpoint, state: dict[str, Any]) -> None:
             f"{found.path} belongs to another run: {'; '.join(differing)}\n"
             "  why: its step number says which samples were seen\n"
             "  to fix: give these as they were, or another --out"
+        )
+
+
+def check_ahead(found: checkpoint.Checkpoint, steps: int) -> None:
+    """Raise ConfigError where more steps are done than the recipe has in all."""
+    if found.step > steps:
+        raise ConfigError(
+            f"{found.path} has done {found.step} steps, and the recipe has {steps} in all\n"
+            "  why: --steps counts from the first step, not from where a run goes on\n"
+            f"  to fix: --steps {found.step + steps} for {steps} more, or another --out"
         )
 
 
