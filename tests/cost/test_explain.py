@@ -2,9 +2,10 @@
 
 import pytest
 
-from stretto import explain
+from stretto import estimate, explain
 from stretto.errors import ConfigError
 from stretto.plan.model import Plan
+from stretto.plan.options import Context
 from stretto.search.judge import outline
 from stretto.workload.model import Workload
 from tests.cluster.make import line
@@ -65,3 +66,24 @@ def test_an_outline_has_exact_bytes():
     text = outline(Plan(step={"degree": 2, "windows": {"kind": "fixed"}}), 5, 1.0, 1000)
     assert "3 windows for 5 steps: 1 2 2" in text
     assert f"step rank 1 sends {2 * 1256 + 40} bytes" in text
+
+
+def test_a_context_is_a_training_plan_of_its_ranks():
+    training, ring = Workload.train("gpt-tiny", tokens=4096, dtype="fp32"), Context.named("ring", 2)
+    plan = Plan(kind="train", cp=ring)
+    assert explain(ring, training, line(2)) == explain(plan, training, line(2))
+    assert "peak memory: " in explain(ring, training, line(2), diff=Context(ring=2))
+
+
+@pytest.mark.parametrize(
+    ("plan", "workload"),
+    [(Plan(step=2), Workload.train("gpt-tiny", tokens=64)), (Context(ring=2), job())],
+    ids=["a generation's plan", "a training plan"],
+)
+def test_a_plan_and_a_workload_of_two_kinds_are_refused(plan, workload):
+    for clusters in ((line(2),), ()):
+        with pytest.raises(ConfigError, match="and the workload is one to"):
+            explain(plan, workload, *clusters)
+    if isinstance(plan, Plan):
+        with pytest.raises(ConfigError, match="to fix: Plan"):
+            estimate(workload, line(2), plan)

@@ -15,6 +15,7 @@ from stretto.cost.train import estimate as cost_of_training
 from stretto.errors import ConfigError, Infeasible
 from stretto.plan.io import read_plan
 from stretto.plan.model import Plan
+from stretto.plan.options import Context
 from stretto.quantities import short
 from stretto.search.attention import rank_plans
 from stretto.search.resolve import guess_error, resolve
@@ -52,24 +53,24 @@ def estimate(
 
 
 def explain(
-    plan: Plan | Path,
+    plan: Plan | Context | Path,
     workload: Workload | Training | Path | None = None,
     cluster: Cluster | Path | None = None,
     *,
-    diff: Plan | Path | None = None,
+    diff: Plan | Context | Path | None = None,
 ) -> str:
     """A plan in words: seconds by phase, bytes, hops, what limits it and what would be faster.
 
     `diff` sets a second plan beside it. Without workload and cluster: ranks and axes, of a
-    training plan its phases in blocks; with a training workload alone: its exact bytes.
-    Raises ConfigError, PlanMismatch.
+    training plan its phases in blocks; with a training workload alone: its exact bytes. A Context
+    is the training plan of its own ranks. Raises ConfigError, PlanMismatch.
     """
-    plan = plan if isinstance(plan, Plan) else read_plan(plan)
-    other = read_plan(diff) if isinstance(diff, (str, os.PathLike)) else diff
+    plan = _plan(plan)
+    other = _plan(diff) if diff is not None else None
     both = [each for each in (plan, other) if each]
     if workload is None and cluster is None:
         return "\n\n".join(_plain(each) for each in both)
-    workload = _workload(workload) if workload is not None else None
+    workload = _workload(workload, *both) if workload is not None else None
     if isinstance(workload, Training) and cluster is None:
         return "\n\n".join(train_words.without_cluster(workload, each) for each in both)
     if workload is None or cluster is None:
@@ -117,11 +118,27 @@ def _nouns(
     workload: Workload | Training | Path, cluster: Cluster | Path, plan: Plan | Path
 ) -> tuple[Workload | Training, Cluster, Plan]:
     cluster = cluster if isinstance(cluster, Cluster) else Cluster.read(cluster)
-    return _workload(workload), cluster, plan if isinstance(plan, Plan) else read_plan(plan)
+    plan = _plan(plan)
+    return _workload(workload, plan), cluster, plan
 
 
-def _workload(workload: Workload | Training | Path) -> Workload | Training:
-    return workload if isinstance(workload, Workload | Training) else read_workload(workload)
+def _plan(plan: Plan | Context | Path) -> Plan:
+    if isinstance(plan, Context):
+        return Plan(kind="train", cp=plan)
+    return plan if isinstance(plan, Plan) else read_plan(plan)
+
+
+def _workload(workload: Workload | Training | Path, *plans: Plan) -> Workload | Training:
+    """The workload of plans of its own kind. Raises ConfigError for others."""
+    job = workload if isinstance(workload, Workload | Training) else read_workload(workload)
+    kind = "train" if isinstance(job, Training) else "generate"
+    others = [plan for plan in plans if plan.kind != kind]
+    if others:
+        raise ConfigError(
+            f"{others[0]}: a plan to {others[0].kind}, and the workload is one to {kind}\n"
+            f"  to fix: Plan(kind={kind!r}, ...), or a workload to {others[0].kind}"
+        )
+    return job
 
 
 def faster(found: Estimate, workload: Workload, cluster: Cluster) -> str:
