@@ -7,7 +7,7 @@ kernels in full (measured, benchmarks/results). A window later the value has lon
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,25 @@ Check = Callable[[Tensor], None]
 def on_device(host: Tensor, device: torch.device) -> Tensor:
     """A host tensor on `device`; from pageable memory the host would wait for a GPU."""
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def reading(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """Begin to read tensors; the call waits for host copies of what they hold now."""
+    copies = []
+    for tensor in tensors:
+        is_pinned = tensor.device.type == "cuda"
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_pinned)
+        copies.append(copy.copy_(tensor.detach(), non_blocking=is_pinned))
+    arrived = torch.cuda.Event() if any(t.device.type == "cuda" for t in tensors) else None
+    if arrived is not None:
+        arrived.record()
+
+    def read() -> list[Tensor]:
+        if arrived is not None:
+            arrived.synchronize()
+        return copies
+
+    return read
 
 
 class Deferred:
@@ -37,16 +56,8 @@ class Deferred:
         if value.device.type != "cuda":
             check(value)
             return
-        copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-        copy.copy_(value, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-
-        def later() -> None:
-            arrived.synchronize()
-            check(copy)
-
-        self._current.append(later)
+        read = reading([value])
+        self._current.append(lambda: check(*read()))
 
     def close_window(self) -> None:
         """Make the checks of the window before: the device is at most one window behind."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stretto.diffusion.deferred import Deferred, on_device
+from stretto.diffusion.deferred import Deferred, on_device, reading
 from stretto.diffusion.denoise import tensors_of
 from stretto.errors import NonFinite, RanksDisagree
 from stretto.mesh.mesh import Mesh
@@ -64,22 +64,28 @@ def gather(
     return found
 
 
-def check_start(mesh: Mesh, *arguments: Any) -> None:
-    """Compare the tensors of a first denoiser call: ranks must not blend two pictures.
+def opening(mesh: Mesh, *arguments: Any) -> Callable[[], None]:
+    """A check of the tensors of a first denoiser call: ranks must not blend two pictures.
 
-    Takes the mesh without its counter: what control costs is no part of a plan's bytes.
-    Raises RanksDisagree.
+    They are read now; the check compares them with the other ranks' and raises RanksDisagree. It
+    may be made while the call is evaluated: before it a GPU would stand idle for 1 ms. Takes the
+    mesh without its counter: what control costs is no part of a plan's bytes.
     """
     if mesh.world_size == 1:
-        return
-    own = digest(*tensors_of(arguments))
-    for rank, seen in enumerate(mesh.gather_bytes(own)):
-        if seen != own:
-            raise RanksDisagree(
-                f"first denoiser call: rank {rank} has inputs {seen.hex()[:8]}, rank "
-                f"{mesh.world_rank} {own.hex()[:8]} (hash of latents, timestep and "
-                "embeddings); pass the same prompt, seed and sizes on every rank"
-            )
+        return lambda: None
+    read = reading(tensors_of(arguments))
+
+    def check() -> None:
+        own = digest(*read())
+        for rank, seen in enumerate(mesh.gather_bytes(own)):
+            if seen != own:
+                raise RanksDisagree(
+                    f"first denoiser call: rank {rank} has inputs {seen.hex()[:8]}, rank "
+                    f"{mesh.world_rank} {own.hex()[:8]} (hash of latents, timestep and "
+                    "embeddings); pass the same prompt, seed and sizes on every rank"
+                )
+
+    return check
 
 
 def check_finite(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -122,6 +122,7 @@ class StepRun:
         self.recent: list[Tensor] = []
         self.position = self._polled = 0
         self.window = Window(0, 0, 1)
+        self._opening: Callable[[], None] | None = None
         self._call_counts: Counter[str] = Counter()
         self._errors: Sequence[float] = ()
         if self.plan.step.walk == "leader":
@@ -140,20 +141,31 @@ class StepRun:
 
     def denoise(self, call: Denoise) -> Any:
         """A denoiser call: the true output on the ranks that own it, a remembered one elsewhere."""
-        if not self._call_counts:
+        is_first = not self._call_counts
+        if is_first:
             self.mesh.record(f"window {self.window.index}: evaluating step {self.position}")
-            if self.position == 0:
-                self.port.read_grid()
-                exchange.check_start(self.mesh.mesh, call.args, call.kwargs)
+        if is_first and self.position == 0:
+            self.port.read_grid()
+            self._opening = exchange.opening(self.mesh.mesh, call.args, call.kwargs)
+            if self.mesh.size("cfg") > 1:
+                # Their evaluations exchange tensors, which must be alike.
+                self._open()
         call.index = self._call_counts[call.module]
         self._call_counts[call.module] += 1
         key = call.key
         known = self.remembered.get(key)
-        if self._evaluates or known is None:
-            output = self._evaluate(call, known)
-            self.remembered.put(key, output)
-            return output
-        return known
+        if not self._evaluates and known is not None:
+            return known
+        output = self._evaluate(call, known)
+        self._open()
+        self.remembered.put(key, output)
+        return output
+
+    def _open(self) -> None:
+        """Make the check of the first call that is due, while the device evaluates it."""
+        check, self._opening = self._opening, None
+        if check is not None:
+            check()
 
     def poll_interrupt(self) -> bool:
         """Whether rank 0 asked to stop; ranks agree once per position, never inside a window."""
