@@ -303,6 +303,12 @@ def test_event_kinds_of_a_job(data, tmp_path):
     assert outcome.mfu(1) > 0
 
 
+@pytest.mark.parametrize("axes", [{"step": 2}, {"cfg": 2}, {"step": 2, "cfg": 2}])
+def test_axes_of_a_generation_are_refused_before_ranks_start(axes):
+    with pytest.raises(PlanMismatch, match=f"{', '.join(f'{a} 2' for a in axes)} of a training"):
+        Job(recipe=recipe(None), plan=Plan(kind="train", cp=Context(ring=2), **axes))
+
+
 @pytest.mark.parametrize("dp", [Data(replicate=2, shard=2), Data(replicate=4)])
 def test_copies_of_the_weights_are_refused_before_ranks_start(dp):
     plan = Plan(kind="train", dp=dp, cp=Context(ring=2))

@@ -56,8 +56,9 @@ def outline(plan: Plan, windows: Sequence[int], guided_bytes: int | None) -> str
     ]
     for rank in range(plan.step.degree if guided_bytes is not None else 0):
         traffic = plan.step.wire(StepsCase(tuple(windows), rank, guided_bytes or 0))
-        lanes = ", ".join(f"{lane.phase} {num}" for lane, num in traffic) or "nothing"
-        lines.append(f"  step rank {rank} sends {traffic.total()} bytes ({lanes})")
+        lanes = [f"{lane.phase} by {lane.verb} {num}" for lane, num in traffic]
+        sent = ", ".join(lanes) or "nothing"
+        lines.append(f"  step rank {rank} sends {traffic.total()} bytes ({sent})")
     if guided_bytes is not None and (plan.cfg.degree > 1 or plan.step.degree > 1):
         lines.append("  besides: guidance and shared exact steps, which need a --workload")
     return "\n".join(lines)

@@ -65,12 +65,19 @@ class Job:
     timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
-        check_copies(self.plan)
+        check_plan(self.plan)
         check_device(self.device)
 
 
-def check_copies(plan: Plan) -> None:
-    """Raise PlanMismatch where a plan asks for copies of the weights, which nothing here keeps."""
+def check_plan(plan: Plan) -> None:
+    """Raise PlanMismatch where a plan asks for copies of the weights or for repeated work."""
+    others = [f"{axis} {plan.sizes[axis]}" for axis in ("step", "cfg") if plan.sizes[axis] > 1]
+    if others:
+        raise PlanMismatch(
+            f"{plan}: {', '.join(others)} of a training\n"
+            "  why: that axis splits a generation; its ranks would repeat one another's work\n"
+            "  to fix: leave it out, or let dp or cp have these ranks"
+        )
     data, world = plan.dp, plan.world_size
     if data.replicate > 1:
         raise PlanMismatch(
