@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from stretto.errors import PlanMismatch
 
 #: For pydantic: a field that an option does not have is an error.
@@ -16,7 +18,7 @@ def check_degree(axis: str, degree: int) -> None:
         raise PlanMismatch(f"{axis}={degree}: a degree counts ranks and is at least 1")
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Whether a value is an integer; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
