@@ -1,12 +1,19 @@
 """The words of an explanation: what limits, where a plan loses, what would be faster."""
 
 import pytest
+import torch
+from torch import nn
 
-from stretto import estimate, explain
+from stretto import estimate, explain, parallelize, shard
+from stretto.cost.train_words import bytes_of
 from stretto.errors import ConfigError
+from stretto.mesh.count import CountingMesh
+from stretto.mesh.local import LocalWorld
+from stretto.parallel.context import Attention
 from stretto.plan.model import Plan
 from stretto.plan.options import Context
 from stretto.search.judge import outline
+from stretto.workload.arch import Arch
 from stretto.workload.model import Workload
 from tests.cluster.make import line
 
@@ -87,3 +94,34 @@ def test_a_plan_and_a_workload_of_two_kinds_are_refused(plan, workload):
     if isinstance(plan, Plan):
         with pytest.raises(ConfigError, match="to fix: Plan"):
             estimate(workload, line(2), plan)
+
+
+class Attending(nn.Module):
+    """What a layer of a model does: attention under a window, here of 16 keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, q, documents):
+        return self.attention(q, q, q, causal=True, window=16, documents=documents)
+
+
+@pytest.mark.parametrize("documents", [None, (150, 50, 56)], ids=["one", "packed"])
+@pytest.mark.parametrize("layout", ["auto", "zigzag", "contiguous", "documents"])
+def test_bytes_of_a_windowed_model_are_those_that_it_sends(layout, documents):
+    plan = Plan(kind="train", cp=Context(ring=4, layout=layout))
+    sizes = {"layers": 1, "width": 32, "heads": 4, "kv_heads": 4, "head_dim": 8}
+    arch = Arch(name="one layer", **sizes, feed_forward=1, vocab=1)
+    job = {"dtype": "fp32", "window": 16, "documents": documents}
+    training = Workload.train(arch, tokens=256, **job)
+    rows = torch.ones(1, 256, 4, 8)
+
+    def rank(mesh):
+        counted, model = CountingMesh(mesh), Attending()
+        with parallelize(model, plan, mesh=counted):
+            own = shard(rows, counted, plan, documents=documents)
+            model(own.transpose(1, 2).requires_grad_(), documents).sum().backward()
+        return sum(count for lane, count in counted.traffic if lane.phase != "control")
+
+    assert LocalWorld(plan.sizes).run(rank) == list(bytes_of(training, plan).per_rank)

@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 
 from stretto import axes
 from stretto.cluster.model import Cluster
-from stretto.cost.train import TrainEstimate, estimate, mask_of
+from stretto.cost.train import TrainEstimate, estimate, settled
 from stretto.errors import Infeasible
 from stretto.plan.checks import divisors
 from stretto.plan.context import legal_ulysses, named_points
 from stretto.plan.model import Origin, Placement, Plan
 from stretto.plan.options import Context, Data, DoubleRing, Gather, Schedule, StarTrail, Tile
-from stretto.plan.ranges import resolve_layout
 from stretto.quantities import short
 from stretto.workload.train import Training
 
@@ -180,9 +179,8 @@ def _layouts(training: Training, ranks: int) -> list[str]:
     if training.seen is None and training.documents is None:
         return ["auto"]
     others = ["zigzag"] if training.documents is not None else ["zigzag", "contiguous"]
-    mask = mask_of(training)
-    meant = resolve_layout("auto", training.tokens, ranks, mask)
-    return ["auto", *(name for name in others if name != meant and mask.causal)]
+    meant = settled(training, Context(ring=ranks)).layout
+    return ["auto", *(name for name in others if name != meant and training.arch.causal)]
 
 
 def _one_level(ranks: int, heads: int, kv_heads: int) -> Iterator[Context]:
