@@ -303,6 +303,11 @@ def test_event_kinds_of_a_job(data, tmp_path):
     assert outcome.mfu(1) > 0
 
 
+def test_a_job_of_no_plan_is_refused():
+    with pytest.raises(PlanMismatch, match=r"is a Context, no Plan"):
+        Job(recipe=recipe(None), plan=Context(ring=2))
+
+
 @pytest.mark.parametrize("axes", [{"step": 2}, {"cfg": 2}, {"step": 2, "cfg": 2}])
 def test_axes_of_a_generation_are_refused_before_ranks_start(axes):
     with pytest.raises(PlanMismatch, match=f"{', '.join(f'{a} 2' for a in axes)} of a training"):

@@ -172,7 +172,10 @@ def test_pictures_are_functions_of_seed_and_number():
         ({"model": "dit-tiny", "tokens": 256, "window": 8}, "reads no text, --window 8 is of text"),
         ({"dtype": "float8"}, "dtype 'float8' is unknown"),
         ({"documents": "some"}, "documents 'some' is unknown; known are apart, joined"),
-        ({"window": 0}, "window=0: at least 1"),
+        ({"window": 0}, "window=0: a whole number, at least 1"),
+        ({"tokens": 64.5}, "tokens=64.5: a whole number"),
+        ({"sequences": None}, "sequences=None: a whole number"),
+        ({"seed": "x"}, "seed 'x': from 0 to"),
         ({"seed": -1}, "seed -1: from 0 to"),
         ({"seed": 2**63}, "from 0 to 9223372036854775807"),
         ({"tokens": 10**12}, r"--tokens \d+ or fewer"),
@@ -185,7 +188,7 @@ def test_what_cannot_be_trained_is_refused(fields, message):
 
 
 @pytest.mark.parametrize("name", ["rate", "weight_decay", "clip"])
-@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), None, "x"])
 def test_a_descent_of_no_numbers_is_refused(name, value):
     with pytest.raises(ConfigError, match="all of them finite"):
         Descent(**{name: value})

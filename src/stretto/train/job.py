@@ -70,7 +70,15 @@ class Job:
 
 
 def check_plan(plan: Plan) -> None:
-    """Raise PlanMismatch where a plan asks for copies of the weights or for repeated work."""
+    """Raise PlanMismatch where a plan asks for copies of the weights or for repeated work.
+
+    For what is no Plan too.
+    """
+    if not isinstance(plan, Plan):
+        raise PlanMismatch(
+            f"plan={plan!r} is a {type(plan).__name__}, no Plan\n"
+            "  to fix: Plan(kind='train', dp=..., cp=...)"
+        )
     others = [f"{axis} {plan.sizes[axis]}" for axis in ("step", "cfg") if plan.sizes[axis] > 1]
     if others:
         raise PlanMismatch(

@@ -34,11 +34,11 @@ class Descent:
     def __post_init__(self):
         _known("optimizer", self.optimizer, OPTIMIZERS)
         numbers = (self.rate, self.warmup, self.weight_decay, self.clip)
-        if not all(0 <= number < math.inf for number in numbers) or not self.rate:
+        if not all(map(_counts, numbers)) or not self.rate:
+            names = ("rate", "warmup", "weight decay", "clip")
+            given = ", ".join(f"{name} {n!r}" for name, n in zip(names, numbers, strict=True))
             raise ConfigError(
-                f"rate {self.rate:g}, warmup {self.warmup}, weight decay {self.weight_decay:g}, "
-                f"clip {self.clip:g}: the rate is above 0, the others at least 0, all of them "
-                "finite\n"
+                f"{given}: the rate is above 0, the others at least 0, all of them finite\n"
                 "  why: weights would not move, grow without end, or be no numbers\n"
                 "  to fix: as in --rate 1e-3 --warmup 20 --weight-decay 0.1 --clip 1; --clip 0 is "
                 "no clipping"
@@ -75,11 +75,11 @@ class Recipe:
             _known("documents", self.documents, DOCUMENTS)
         for name in ("tokens", "sequences", "steps", "window"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: at least 1")
-        if not 0 <= self.seed < SEEDS:
+            if not (value is None and name == "window") and not (_whole(value) and value >= 1):
+                raise ConfigError(f"{name}={value!r}: a whole number, at least 1")
+        if not (_whole(self.seed) and 0 <= self.seed < SEEDS):
             raise ConfigError(
-                f"seed {self.seed}: from 0 to {SEEDS - 1}\n"
+                f"seed {self.seed!r}: from 0 to {SEEDS - 1}\n"
                 "  why: it is half of a key of 128 bits that orders the data\n"
                 "  to fix: as in --seed 0"
             )
@@ -105,6 +105,14 @@ def accumulation(sequences: int, data_ranks: int, micro_batch: int) -> int:
             + (f", or data ranks {', '.join(map(str, fits))}" if fits else "")
         )
     return sequences // together
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < math.inf
 
 
 def _known(what: str, value: str, known: tuple[str, ...]) -> None:
