@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -99,6 +100,7 @@ def emulate(
     emulation = Emulation(pipe, chosen, denoiser, predictors, **ways)
 
     class Emulated(plain):
+        @functools.wraps(plain.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return emulation.call(plain.__call__, *args, **kwargs)
 
@@ -154,8 +156,9 @@ class Emulation:
     def _refuse_shared_draws(self, before: Tensor) -> None:
         if not torch.equal(before, torch.get_rng_state()):
             raise UnsupportedPipeline(
-                "this call drew from the default random generator, which virtual ranks share; "
-                "pass generator=torch.Generator().manual_seed(...)"
+                "this call drew from the default random generator, which virtual ranks share; pass "
+                "generator=torch.Generator().manual_seed(...), or, where the pipeline does not "
+                "hand it to the scheduler, use real ranks: parallelized(...) on a mesh"
             )
 
     def _rank(

@@ -32,8 +32,11 @@ class Handover:
         if self._result is None:
             return
         for k, extra in enumerate(extras_of(self._result)):
+            # A scheduler may return its sample twice (TCD with eta 0): that is no extra.
+            if not isinstance(extra, Tensor) or extra is sample_of(self._result):
+                continue
             for name, value in call.named.items():
-                if k and isinstance(extra, Tensor) and value is extra:
+                if value is extra:
                     self._recurrent[name] = k
 
     def edited(self, call: StepCall) -> Tensor | None:

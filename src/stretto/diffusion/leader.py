@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -43,17 +44,27 @@ class Leader(Walk):
         if run.rank == 0:
             content = {
                 "result": result,
-                "state": run.port.exported(),
+                "state": _plain(run.port.exported()),
                 "random": run.randomness.snapshot(),
                 "guided": run.recent[-run.window.size :],
             }
         content = _broadcast_object(run.mesh, content, run.mesh.device)
         if run.rank:
-            run.port.restore(content["state"])
+            run.port.restore({**_functions(run.port.exported()), **content["state"]})
             run.randomness.restore(content["random"])
             for inside, guided in enumerate(content["guided"]):
                 run.remember(run.window.start + inside, guided)
         return content["result"]
+
+
+def _functions(state: dict[str, Any]) -> dict[str, Any]:
+    """What a scheduler made of its configuration, as SA-Solver does; every rank has its own."""
+    return {name: value for name, value in state.items() if isinstance(value, FunctionType)}
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's state without functions: those made inside a function cannot be pickled."""
+    return {name: value for name, value in state.items() if not isinstance(value, FunctionType)}
 
 
 def _broadcast_object(mesh: Mesh, content: dict | None, device: torch.device) -> dict:

@@ -1,0 +1,49 @@
+"""What goes from one scheduler step to the next, in schedulers that return or keep unusual things."""
+
+import inspect
+
+import pytest
+import torch
+
+from stretto.diffusion.api import emulate
+from stretto.plan.model import Plan
+from stretto.plan.options import Listed, Steps
+from stretto.testing import models
+from stretto.testing.exactness import Oracle, reference
+from stretto.testing.tiny import unet
+
+WINDOWS = Listed(sizes=(1, 1, 3, 2, 1))
+
+
+def exact(case, walk):
+    """Whether windows with perfect guesses give the bits of the plain pipeline on every rank."""
+    known = reference(case)
+    assert known.degree_one
+    known.pipe.set_progress_bar_config(disable=True)
+    plan = Plan(step=Steps(degree=3, windows=WINDOWS, walk=walk, exact_split=False))
+    with emulate(known.pipe, plan, predictors=[Oracle(known.guided) for _ in range(3)]) as run:
+        case.call(known.pipe)
+    return [torch.equal(case.tensor(result), known.output) for result in run.results]
+
+
+def case_of(scheduler, **facts):
+    return models._sd15(scheduler, scheduler, facts=facts)
+
+
+@pytest.mark.parametrize("walk", ["replay", "leader"])
+def test_a_sample_returned_twice_is_no_extra(walk):
+    """TCD without noise (eta 0, the default of pipelines) returns its sample under two names."""
+    assert all(exact(case_of("TCDScheduler"), walk))
+
+
+def test_a_leader_sends_no_functions_of_its_scheduler():
+    """SA-Solver keeps one made in its constructor, which no pickle takes."""
+    assert all(exact(case_of("SASolverScheduler", stochastic=True), "leader"))
+
+
+def test_a_pipeline_keeps_its_signature_inside():
+    pipe = unet.sd15("EulerDiscreteScheduler")
+    before = inspect.signature(type(pipe).__call__)
+    with emulate(pipe, Plan(step=2)):
+        assert inspect.signature(type(pipe).__call__) == before
+        assert "generator" in inspect.signature(pipe.__call__).parameters
