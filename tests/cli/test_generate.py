@@ -12,10 +12,12 @@ import pytest
 from stretto.cli import app as cli
 from stretto.cli.generate_options import threads_of
 from stretto.cluster import detect
+from stretto.diffusion.steps import StepRun
 from stretto.errors import PlanMismatch
 from stretto.plan.io import write_plan
 from stretto.plan.model import Plan
 
+BRIEF = ("--steps", "2")
 SMALL = ("--steps", "4", "--classes", "1,7")
 
 
@@ -80,6 +82,15 @@ def test_two_ranks_compare(tmp_path, capsys):
     assert summary["noise_floor_identical"] or summary["noise_floor_db"] > 100
 
 
+def test_virtual_ranks_compare_without_times(tmp_path, capsys):
+    words = (*SMALL, "--ranks", "2", "--compare", "--emulate")
+    assert generate(*words, out=tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "ours" in printed
+    assert "published parastep" in printed
+    assert "emulated: ranks took turns in one process, so there are no times" in printed
+
+
 def test_calibrate_is_a_command_of_its_own(capsys):
     assert cli.main(["generate", "calibrate", "--help"]) == 0
     assert "--holdout" in capsys.readouterr().out
@@ -99,6 +110,12 @@ def test_calibrate_is_a_command_of_its_own(capsys):
         (("--compare",), "--compare on 1 rank"),
         (("--classes", "one"), "--classes 'one'"),
         (("--set", "height"), "name=value"),
+        (("--set", "class_labels=[1]", "--classes", "3"), "--classes and --set class_labels"),
+        (("--set", "class_labels=cat", *BRIEF), "ClassDiTPipeline cannot be called so: TypeError"),
+        (("--set", "latents=[1, 2]", *BRIEF), "it was given: latents=[1, 2]"),
+        (("--guidance-scale", "nan", *BRIEF), "--guidance-scale nan: give a finite number"),
+        (("--seed", "9" * 24, *BRIEF), 'Invalid value "9999'),
+        (("--device", "meta", *BRIEF), "--device 'meta': ranks work on cpu or cuda"),
         (("--set", "output_type=pil"), "stretto sets it"),
         (("--plan", "absent.yaml"), "cannot read absent.yaml"),
         (("--plan", "absent.yaml", "--cfg", "2"), "already says --cfg"),
@@ -142,6 +159,16 @@ def test_an_error_on_the_ranks_keeps_its_type_and_leaves_nothing(tmp_path, capsy
     message = refused(capsys, "--ranks", "2", "--classes", "3,10", out=tmp_path / "out")
     assert message.startswith("ConfigError")
     assert "outside 0..9" in message
+
+
+def test_a_mistake_of_ours_is_not_blamed_on_the_arguments(tmp_path, monkeypatch):
+    def broken(self, *arguments, **options):
+        raise ValueError("mislaid")
+
+    monkeypatch.setattr(StepRun, "denoise", broken)
+    monkeypatch.setitem(broken.__globals__, "__name__", "stretto.diffusion.steps")
+    with pytest.raises(ValueError, match="mislaid"):
+        generate(*BRIEF, "--classes", "1", out=tmp_path / "out")
 
 
 # ---- ranks that are lost ---------------------------------------------------------------------

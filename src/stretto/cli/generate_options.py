@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ SCHEDULES = {"tail": Tail, "parastep": Parastep, "fixed": Fixed, "adaptive": Ada
 
 _Degree = Annotated[int | None, Parameter(validator=validators.Number(gte=1))]
 _Positive = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+#: What torch takes as a seed; items of a batch take the next ones.
+_Seed = Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**63))]
 _Seconds = Annotated[float, Parameter(validator=validators.Number(gt=0))]
 
 
@@ -96,7 +99,7 @@ class Subject:
 
     steps: _Positive = 50
     guidance_scale: float | None = None
-    seed: int = 0
+    seed: _Seed = 0
     prompt: str | None = None
     classes: str | None = None
     arguments: Annotated[tuple[str, ...], Parameter(name="--set", show_default=False)] = ()
@@ -203,24 +206,38 @@ def check_comparison(compare: bool, ranks: int) -> None:
 
 def call_of(subject: Subject) -> dict[str, Any]:
     """Arguments of the pipeline call. Raises ConfigError."""
-    call: dict[str, Any] = {}
-    for text in subject.arguments:
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise ConfigError(f"--set {text!r}: give name=value, as in --set height=256")
-        if name in ("output_type", "generator", "num_inference_steps", "return_dict"):
-            raise ConfigError(f"--set {name}: stretto sets it; see --seed, --steps and --out")
-        call[name] = _value(value)
+    call = dict(_argument(text) for text in subject.arguments)
+    own = {name: getattr(subject, name) for name in ("guidance_scale", "prompt", "classes")}
+    for name, value in own.items():
+        place = "class_labels" if name == "classes" else name
+        if value is not None and place in call:
+            raise ConfigError(f"--{name.replace('_', '-')} and --set {place}=...: give one")
     if subject.guidance_scale is not None:
+        if not math.isfinite(subject.guidance_scale):
+            raise ConfigError(f"--guidance-scale {subject.guidance_scale}: give a finite number")
         call["guidance_scale"] = subject.guidance_scale
     if subject.prompt is not None:
         call["prompt"] = subject.prompt
     if subject.classes is not None:
-        try:
-            call["class_labels"] = [int(item) for item in subject.classes.split(",")]
-        except ValueError:
-            raise ConfigError(f"--classes {subject.classes!r}: give integers, as 0,3,9") from None
+        call["class_labels"] = _classes(subject.classes)
     return call
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """Name and value of a --set. Raises ConfigError."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ConfigError(f"--set {text!r}: give name=value, as in --set height=256")
+    if name in ("output_type", "generator", "num_inference_steps", "return_dict"):
+        raise ConfigError(f"--set {name}: stretto sets it; see --seed, --steps and --out")
+    return name, _value(value)
+
+
+def _classes(text: str) -> list[int]:
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--classes {text!r}: give integers, as 0,3,9") from None
 
 
 def _value(text: str) -> Any:

@@ -63,10 +63,9 @@ def _table(result: dict[str, Any]) -> Table:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     timed = "speedup" in row
-    seconds = f"{row['median_s']:.2f} ({min(row['seconds']):.2f}-{max(row['seconds']):.2f})"
     return [
         row["who"] if row["who"] != "fewer steps" else f"fewer steps ({row['steps']})",
-        seconds if timed else "-",
+        _seconds(row) if timed else "-",
         f"{row['speedup']:.2f}x" if timed else "-",
         f"{row['ceiling']:.2f}x",
         f"{row['efficiency']:.0%}" if timed else "-",
@@ -76,6 +75,10 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _sent(row),
         _psnr(row),
     ]
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    return f"{row['median_s']:.2f} ({min(row['seconds']):.2f}-{max(row['seconds']):.2f})"
 
 
 def _each(values: Sequence[int]) -> str:

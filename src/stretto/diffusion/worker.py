@@ -6,6 +6,7 @@ import difflib
 import inspect
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -80,7 +81,7 @@ class Worker:
     def _generate(self, run: Run, stage: str) -> None:
         with self._under(run.plan) as attached, self._told(stage):
             began = time.perf_counter()
-            result = self.pipe(**self._arguments(run.steps))
+            result = self._called(run.steps)
             self._synchronize()
             run.seconds.append(time.perf_counter() - began)
         if isinstance(attached, Count):
@@ -91,6 +92,20 @@ class Worker:
                 run.report["ranks"] = [report.as_dict() for report in attached.reports]
         if self.rank == 0:
             run.media = media_of(self.pipe, result, self._call)
+
+    def _called(self, steps: int) -> Any:
+        """What the pipeline returns. Raises ConfigError where it cannot take its arguments."""
+        try:
+            return self.pipe(**self._arguments(steps))
+        except (TypeError, ValueError, AttributeError) as error:
+            if _is_raised_here(error):
+                raise
+            given = ", ".join(f"{name}={value!r:.40}" for name, value in self.job.call.items())
+            raise ConfigError(
+                f"{type(self.pipe).__name__} cannot be called so: {type(error).__name__}: {error}\n"
+                f"  it was given: {given or 'nothing but steps and a generator'}\n"
+                "  to fix: mend the value, or pass what is missing with --set"
+            ) from error
 
     def wait_for_all(self) -> None:
         """Every rank is here. Waiting ranks sleep in the kernel; they do not spin."""
@@ -290,6 +305,14 @@ def _read(value: Any) -> Any:
         return Image.open(file).convert("RGB")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} is neither a picture nor a .npy array: {error}") from None
+
+
+def _is_raised_here(error: BaseException) -> bool:
+    """Whether the last frame is the product's: then it is a mistake of ours, and no argument's."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    module = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    # The shipped pipelines are called with arguments of the user like any other.
+    return module.startswith("stretto.") and not module.startswith("stretto.diffusion.shipped")
 
 
 def _check_degree(plan: Plan, steps: int) -> None:
