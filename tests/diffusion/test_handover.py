@@ -1,4 +1,4 @@
-"""What goes from one scheduler step to the next, in schedulers that return or keep unusual things."""
+"""Between two scheduler steps: schedulers that return or keep unusual things."""
 
 import inspect
 
