@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from stretto.plan.context import Context
+from stretto.plan.context import Context, StarTrail
 from tests.ops.attention.drawn import Drawn, check, draw
 
 
@@ -48,3 +48,12 @@ def test_a_wrong_option_is_noticed(odd, dtype, monkeypatch):
 
 
 truth = Drawn.expected
+
+
+@pytest.mark.parametrize(
+    "context", [Context(team=3), Context(team=2, ring=2, schedule=StarTrail())]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rows_of_an_odd_size(context, dtype):
+    """Statistics then lie first or last by the number of rows, which differs among ranks."""
+    check(Drawn(context, tokens=5, kv_tokens=5, heads=(3, 3), head_dim=1, batch=1, dtype=dtype))

@@ -45,7 +45,7 @@ class Block:
         sizes = {name: count * _row_bytes(*spec) for name, spec in specs.items()}
         # Statistics last, so that q, k and v begin where kernels can load runs of 16 bytes, unless
         # that leaves the statistics at an address they cannot be read from.
-        order = sorted(specs, key=lambda name: specs[name][1].itemsize)
+        order = sorted(specs, key=lambda name: (specs[name][1].itemsize, name))
         widest = max(dtype.itemsize for _, dtype in specs.values())
         if any(sizes[name] % widest for name in order):
             order.reverse()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -164,7 +164,8 @@ def _refuse(attn_mask: Tensor | None, dropout_p: float, scale: object) -> None:
             f"dropout_p={dropout_p}: dropout masks of sequence-parallel attention would depend "
             "on the plan\n  to fix: attention dropout 0, and dropout after the output projection"
         )
-    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if scale is not None and not (number and abs(scale) <= sys.float_info.max):
         raise ConfigError(f"scale={scale!r}: expected a finite number, or None for D**-0.5")
 
 
@@ -197,6 +198,12 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
                 f"{name} is a {type(x).__name__}, no tensor\n"
                 "  to fix: tensors of (batch, heads, rows, head dim); torch.as_tensor makes them"
             )
+    if any(x.layout != torch.strided or x.is_nested for x in (q, k, v)):
+        kinds = ", ".join("nested" if x.is_nested else str(x.layout) for x in (q, k, v))
+        raise ShapeError(
+            f"layouts of q, k, v: {kinds}; kernels read torch.strided\n"
+            "  to fix: to_dense(), and documents=(lengths) for sequences of several lengths"
+        )
     if not q.ndim == k.ndim == v.ndim == 4:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ShapeError(f"q, k, v have shapes {shapes}; expected (batch, heads, rows, head dim)")
@@ -227,9 +234,11 @@ def _context(mesh: Mesh | None, plan: Context | None) -> Context:
     """The plan asked for, or the one that the mesh describes; they must agree."""
     context = None if plan is None else of_sequence(plan)
     if mesh is None:
-        if context is not None and context.degree > 1:
+        ranks = getattr(plan, "world_size", 1 if context is None else context.degree)
+        if context is not None and ranks > 1:
+            words = context.short() if plan is context else plan
             raise PlanMismatch(
-                f"the plan {context.short()} needs {context.degree} ranks, and no mesh is given; "
+                f"the plan {words} needs {ranks} ranks, and no mesh is given; "
                 "pass mesh=init_mesh(plan), or no plan for one rank"
             )
         return context or _ALONE
