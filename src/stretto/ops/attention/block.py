@@ -177,13 +177,3 @@ def _runs(rows: Spans, chosen: Spans) -> Iterable[tuple[int, int, int]]:
 
 def _row_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
-
-
-def rows_first(x_BHLD: Tensor) -> Tensor:
-    """A view in storage order, (L, B, H, ...)."""
-    return x_BHLD.movedim(2, 0)
-
-
-def public(x_LBHD: Tensor) -> Tensor:
-    """A view in torch SDPA's order, (B, H, L, ...)."""
-    return x_LBHD.movedim(0, 2)

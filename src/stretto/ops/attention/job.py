@@ -20,10 +20,7 @@ _QUERY_SIDE = ("q", "out", "dout", "dq")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a rank works with: the schedule, the mesh that carries it out, the kernels.
-
-    `part`: index and number of equal parts of this rank's heads, where they go one by one.
-    """
+    """What a rank works with: the schedule, the mesh that carries it out, the kernels."""
 
     schedule: Schedule
     mesh: Mesh | None
@@ -31,17 +28,6 @@ class Job:
     scale: float
     dtype: torch.dtype
     device: torch.device
-    part: tuple[int, int] = (0, 1)
-
-    @property
-    def is_one_kernel(self) -> bool:
-        """Whether one call per pass computes all there is, so that nothing needs to be summed."""
-        context, plan = self.schedule.context, self.schedule
-        if context.team > 1 or context.ring > 1:
-            return False
-        (step,) = plan.backward.steps
-        whole = ((0, plan.team_q.rows), (0, step.rows.rows))
-        return [(piece.q, piece.k) for piece in step.pieces] == [whole]
 
     @property
     def wide(self) -> torch.dtype:

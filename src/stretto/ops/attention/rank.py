@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from stretto.mesh.mesh import Mesh
-from stretto.ops.attention import backends, halves, single
-from stretto.ops.attention.block import Block, public, rows_first
-from stretto.ops.attention.halves import SavedHalves
+from stretto.ops.attention import backends, single
+from stretto.ops.attention.block import Block
 from stretto.ops.attention.job import Job
 from stretto.ops.attention.merge import accumulators, merge_
 from stretto.ops.attention.returning import Riding, returning
@@ -65,7 +64,7 @@ class SavedBlocks:
 
 
 #: What backward needs of forward.
-Saved = SavedBlocks | SavedHalves | Single
+Saved = SavedBlocks | Single
 
 
 def _together(
@@ -103,12 +102,10 @@ def forward_rank(
         q.device,
     )
     with _plain(q.device):
-        if single.is_single(job.schedule) and single.takes(job.backend, q, k, v):
-            saved = single.forward(job, q, k, v)
-            return saved.out, public(saved.lse) if case.return_lse else None, saved
-        if halves.is_halved(job):
-            return halves.forward(job, q, k, v)
-        return _forward(job, q, k, v)
+        if not (single.is_single(job.schedule) and single.takes(job.backend, q, k, v)):
+            return _forward(job, q, k, v)
+        saved = single.forward(job, q, k, v)
+        return saved.out, public(saved.lse) if case.return_lse else None, saved
 
 
 def backward_rank(dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,8 +113,6 @@ def backward_rank(dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     with _plain(dout.device):
         if isinstance(saved, Single):
             return single.backward(dout, saved)
-        if isinstance(saved, SavedHalves):
-            return halves.backward(dout, saved)
         return _backward(saved.job, dout, saved)
 
 
@@ -269,7 +264,7 @@ def _stand_in(queries: Block) -> Tensor:
 def _backward_moving_keys(walk: Walk, queries: Block) -> tuple[Block, Block]:
     """dQ of the team's rows, and the sums of dK and dV that ended up with this rank."""
     job = walk.job
-    if job.is_one_kernel:
+    if _is_one_kernel(job):
         return _backward_at_once(walk, queries)
     # In storage order for all steps: of one step's forward it is as the kernel gave it.
     stand_in, lse = _stand_in(queries), queries["lse"].contiguous()
@@ -292,6 +287,18 @@ def _backward_moving_keys(walk: Walk, queries: Block) -> tuple[Block, Block]:
         )
         home.add(step, part)
     return dq, home.home()
+
+
+def _is_one_kernel(job: Job) -> bool:
+    """Whether one call computes all there is, so that nothing needs to be summed."""
+    context, plan = job.schedule.context, job.schedule
+    (step, *more) = plan.backward.steps
+    whole = ((0, plan.team_q.rows), (0, step.rows.rows))
+    return (
+        context.team == context.ring == 1
+        and not more
+        and [(piece.q, piece.k) for piece in step.pieces] == [whole]
+    )
 
 
 def _backward_at_once(walk: Walk, queries: Block) -> tuple[Block, Block]:
@@ -353,3 +360,13 @@ def _gradients_home(
     coming = heads_home(job, of_q, dq), heads_home(job, of_kv, sums)
     grads = coming[0].wait() | coming[1].wait()
     return public(grads["dq"]), public(grads["dk"]), public(grads["dv"])
+
+
+def rows_first(x_BHLD: Tensor) -> Tensor:
+    """A view in storage order, (L, B, H, ...)."""
+    return x_BHLD.movedim(2, 0)
+
+
+def public(x_LBHD: Tensor) -> Tensor:
+    """A view in torch SDPA's order, (B, H, L, ...)."""
+    return x_LBHD.movedim(0, 2)

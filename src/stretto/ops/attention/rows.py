@@ -15,8 +15,6 @@ from stretto.plan.column import kv_heads, union
 from stretto.plan.moves import Move
 from stretto.plan.ranges import Spans
 
-_OF_KEYS = ("k", "v", "dk", "dv")
-
 
 class Gathering:
     """Queries, with what goes along, of the whole team: the first level is under way at once."""
@@ -110,68 +108,53 @@ def heads_exchanged(job: Job, moves: list[Move], tensors: dict[str, Tensor]) -> 
     return Pending(arrived)
 
 
-def own_heads(job: Job, *names: str) -> dict[str, Tensor]:
-    """Memory for own rows with all heads, (L, B, heads, ...) by name."""
-    case, keys = job.schedule.case, names[0] in _OF_KEYS
-    rows = (case.kv_rows if keys else case.q_rows)[case.rank].rows
-    heads = case.heads_kv if keys else case.heads_q
-    return {
-        name: torch.empty((rows, batch, heads, *rest), dtype=dtype, device=job.device)
-        for name, ((batch, _, *rest), dtype) in job.specs(*names).items()
-    }
-
-
-def heads_home(
-    job: Job, move: Move, block: Block, into: dict[str, Tensor] | None = None
-) -> Pending[dict[str, Tensor]]:
+def heads_home(job: Job, move: Move, block: Block) -> Pending[dict[str, Tensor]]:
     """A share of heads of more rows, as own rows with all heads, (L, B, heads, ...) by name.
 
-    Under way when it returns. `into`: memory of `own_heads`, shared by several shares.
+    Under way when it returns.
     """
     case, context = job.schedule.case, job.schedule.context
-    keys, here = move.tensors[0] in _OF_KEYS, case.rank % context.ulysses
+    keys = move.tensors[0] == "dk"
     own = (case.kv_rows if keys else case.q_rows)[case.rank]
     coming = job.hand(move, block)
-    if keys and context.ulysses > case.heads_kv:
-        return Pending(lambda: _overlaid(job, own, coming.wait() | {here: block}))
-    whole = own_heads(job, *move.tensors) if into is None else into
-    _place(job, whole, own, here, block)
+    # Where ranks outnumber key heads, several hold parts of one head's sum.
+    join = _overlaid if keys and context.ulysses > case.heads_kv else _side_by_side
 
     def arrived() -> dict[str, Tensor]:
-        for rank, share in coming.wait().items():
-            _place(job, whole, own, rank, share)
-        return whole
+        shares = coming.wait() | {case.rank % context.ulysses: block}
+        return {name: join(job, own, dict(sorted(shares.items())), name) for name in block.parts}
 
     return Pending(arrived)
 
 
-def _place(job: Job, whole: dict[str, Tensor], own: Spans, rank: int, share: Block) -> None:
-    """A rank's heads of own rows to where they belong."""
-    for name in share.parts:
-        first, end = _heads_of(job, rank, keys=name in _OF_KEYS)
-        share.give(own, name, whole[name][:, :, first:end])
-
-
 def _heads_of(job: Job, rank: int, *, keys: bool) -> tuple[int, int]:
-    """First and end head of a Ulysses rank's share, or of the job's part of it."""
+    """First and end head of a Ulysses rank's share."""
     case, u = job.schedule.case, job.schedule.context.ulysses
-    first, count = rank * case.heads_q // u, case.heads_q // u
-    if keys:
-        first, count = rank * case.heads_kv // u, kv_heads(case, u)
-    part, parts = job.part
-    return first + part * count // parts, first + (part + 1) * count // parts
+    if not keys:
+        return rank * case.heads_q // u, (rank + 1) * case.heads_q // u
+    first = rank * case.heads_kv // u
+    return first, first + kv_heads(case, u)
 
 
-def _overlaid(job: Job, own: Spans, shares: dict[int, Block]) -> dict[str, Tensor]:
-    """Gradients of keys where ranks outnumber key heads: several hold parts of one head's sum.
+def _side_by_side(job: Job, own: Spans, shares: dict[int, Block], name: str) -> Tensor:
+    """Own rows of every rank's share of the heads, beside one another."""
+    sample = shares[0][name]
+    heads = sum(share[name].shape[2] for share in shares.values())
+    whole = sample.new_empty((own.rows, sample.shape[1], heads, *sample.shape[3:]))
+    first = 0
+    for share in shares.values():
+        end = first + share[name].shape[2]
+        share.give(own, name, whole[:, :, first:end])
+        first = end
+    return whole
 
-    Added in wide dtype, in order of rank.
-    """
-    found = {}
-    for name, like in own_heads(job, *shares[0].parts).items():
-        total = torch.zeros_like(like, dtype=job.wide)
-        for rank in sorted(shares):
-            first, end = _heads_of(job, rank, keys=True)
-            total[:, :, first:end].add_(shares[rank].select(own)[name])
-        found[name] = total.to(job.dtype)
-    return found
+
+def _overlaid(job: Job, own: Spans, shares: dict[int, Block], name: str) -> Tensor:
+    """The same with heads that several hold summed, in wide dtype, in order of rank."""
+    sample, heads = shares[0][name], job.schedule.case.heads_kv
+    shape = (own.rows, sample.shape[1], heads, *sample.shape[3:])
+    total = torch.zeros(shape, dtype=job.wide, device=job.device)
+    for rank, share in shares.items():
+        first, end = _heads_of(job, rank, keys=True)
+        total[:, :, first:end].add_(share.select(own)[name])
+    return total.to(job.dtype)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from stretto.errors import ShapeError
-from stretto.ops.attention.halves import SavedHalves
 from stretto.ops.attention.rank import Saved
 
 
@@ -43,11 +42,7 @@ def joined(
     u, case = saved.job.schedule.context.ulysses, saved.job.schedule.case
     # After the exchange of heads this rank's statistics are those of its share of them.
     own = sinks.chunk(u)[case.rank % u]
-    if not isinstance(saved, SavedHalves):
-        return out, lse, replace(saved, out=out, lse=torch.logaddexp(saved.lse, own))
-    pairs = zip(saved.halves, own.chunk(len(saved.halves)), strict=True)
-    halves = [replace(half, lse=torch.logaddexp(half.lse, part)) for half, part in pairs]
-    return out, lse, replace(saved, out=out, halves=halves)
+    return out, lse, replace(saved, out=out, lse=torch.logaddexp(saved.lse, own))
 
 
 def gradient(dout_BHLD: Tensor, out_BHLD: Tensor, lse_BHL: Tensor, sinks_H: Tensor) -> Tensor:
