@@ -141,14 +141,18 @@ def test_callbacks_know_provisional_latents():
     assert seen == [False] * 8
 
 
-def test_an_interrupt_waits_for_the_end_of_its_window():
-    """Rank 0 asks inside a window; all ranks stop at the same step, on true latents."""
+@pytest.mark.parametrize("whose", ["given", "own"])
+def test_an_interrupt_waits_for_the_end_of_its_window(whose):
+    """Rank 0 asks inside a window; all ranks stop at the same step, on true latents.
+
+    A callback may ask the pipeline it is given, or the one its maker knows.
+    """
     pipe = DDIM.pipeline()
     plan = Plan(step=Steps(degree=3, windows=Listed(sizes=(1, 3, 3, 1)), exact_split=False))
 
-    def stop(pipe, i, t, tensors):
+    def stop(given, i, t, tensors):
         if i == 2:
-            pipe._interrupt = True
+            (given if whose == "given" else pipe)._interrupt = True
         return {}
 
     with emulate(pipe, plan) as run:

@@ -188,7 +188,7 @@ class Emulation:
     def _clone(self, rank: int) -> Any:
         """A pipeline with its own scheduler and module objects over the same parameters."""
         clone = copy.copy(self.pipe)
-        clone.__class__ = self._plain
+        clone.__class__ = _interrupted_with(self.pipe, self._plain)
         clone.scheduler = copy.deepcopy(self.pipe.scheduler)
         for name, value in self.pipe.components.items():
             if isinstance(value, torch.nn.Module):
@@ -196,6 +196,23 @@ class Emulation:
         if rank:
             clone._progress_bar_config = {"disable": True}
         return clone
+
+
+def _interrupted_with(pipe: Any, plain: type) -> type:
+    """The class of a virtual rank: `pipe._interrupt = True` in a callback reaches it."""
+
+    class Virtual(plain):
+        @property
+        def _interrupt(self) -> bool:
+            return vars(pipe).get("_interrupt", False)
+
+        @_interrupt.setter
+        def _interrupt(self, value: bool) -> None:
+            pipe._interrupt = value
+
+    Virtual.__name__, Virtual.__qualname__ = plain.__name__, plain.__qualname__
+    Virtual.__module__ = plain.__module__
+    return Virtual
 
 
 def _own_generators(value: Any, copies: dict[int, torch.Generator]) -> Any:
