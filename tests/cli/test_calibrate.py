@@ -82,6 +82,22 @@ def test_what_to_show_must_fit_the_pipeline(tmp_path, monkeypatch):
         run("sd", *SMALL[1:], "--classes", 1, *out)
 
 
+def test_what_the_pipeline_cannot_take_is_named(tmp_path, monkeypatch):
+    """A pipeline saved without its tokenizer fails from deep inside."""
+    text = models.CASES["sd15-ddim"].pipeline()
+    monkeypatch.setattr("stretto.cli.calibrate.open_pipeline", lambda folder: text)
+    with pytest.raises(ConfigError, match=r"it was given: prompt='a harbour'"):
+        run("sd", *SMALL[1:], "--prompt", "a harbour", "--out", tmp_path / "plan.yaml")
+
+
+@pytest.mark.parametrize("flags", [("--seed", "9" * 24), ("--guidance-scale", "nan")])
+def test_numbers_that_are_none_are_refused(flags, tmp_path, capsys):
+    out = tmp_path / "plan.yaml"
+    assert main(["generate", "calibrate", *SMALL, *flags, "--out", str(out)]) == 2
+    assert "Invalid value" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_default_classes_cover_the_model():
     assert _spread(10, 4, 4) == [0, 2, 5, 7, 1, 3, 6, 8]
     assert _spread(1000, 2, 1) == [0, 500, 500]

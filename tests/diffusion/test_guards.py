@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from stretto.diffusion.api import emulate, parallelized
-from stretto.errors import PlanMismatch, SplitMismatch, UnsupportedPipeline
+from stretto.errors import NonFinite, PlanMismatch, SplitMismatch, UnsupportedPipeline
 from stretto.mesh.local import LocalWorld
 from stretto.plan.model import Plan
 from stretto.plan.options import Adaptive, Listed, Parastep, Steps
 from stretto.testing import models
+from stretto.testing.exactness import counted
 
 DDIM = models.CASES["sd15-ddim"]
 
@@ -98,6 +99,25 @@ def test_sharing_an_exact_step_is_verified():
     pipe.unet.forward = mixed
     plan = Plan(step=Steps(degree=2, windows=Listed(sizes=(1,) * 8)))
     with emulate(pipe, plan), pytest.raises(SplitMismatch, match="rows depend on one another"):
+        DDIM.call(pipe)
+
+
+@pytest.mark.parametrize(
+    "plan", [Plan(), Plan(step=Steps(degree=2, windows=Listed(sizes=(1,) * 8)))], ids=str
+)
+def test_a_batch_that_is_not_cut_is_not_checked(plan):
+    """One row, without guidance, is whole on every rank: nothing is evaluated besides."""
+    pipe = unknown(DDIM.pipeline())
+    with emulate(pipe, plan) as run, counted(pipe) as seen:
+        DDIM.call(pipe, guidance_scale=1.0)
+    assert sum(seen.values()) == sum(r.evaluations + r.structure_calls for r in run.reports)
+
+
+def test_an_output_that_is_not_finite_is_named_as_that():
+    """Compared with itself it differs, which says nothing of its rows."""
+    pipe = unknown(DDIM.pipeline())
+    pipe.unet.forward = lambda sample, *_, **options: (torch.full_like(sample, torch.nan),)
+    with emulate(pipe, Plan(cfg=2)), pytest.raises(NonFinite, match="step 0 holds NaN"):
         DDIM.call(pipe)
 
 

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from stretto import documents
+from stretto.cli.generate_options import Scale, Seed
+from stretto.diffusion.arguments import naming_arguments
 from stretto.diffusion.calibrate import calibrate as measure
 from stretto.diffusion.calibration import Calibration, Entry, write_calibration
 from stretto.diffusion.folder import open_pipeline
@@ -31,12 +33,12 @@ def calibrate(
     degree: Annotated[int, Parameter(validator=validators.Number(gte=2))] = 4,
     depth: Annotated[list[int] | None, _MANY] = None,
     steps: Annotated[int, _AT_LEAST_1] = 50,
-    guidance_scale: float | None = None,
+    guidance_scale: Scale = None,
     classes: Annotated[list[int] | None, _MANY] = None,
     prompt: Annotated[list[str] | None, _MANY] = None,
     calls: Annotated[int, _AT_LEAST_1] = 4,
     holdout: Annotated[int, _AT_LEAST_1] = 4,
-    seed: int = 0,
+    seed: Seed = 0,
     threads: Annotated[int, _AT_LEAST_1] = 1,
     out: Annotated[Path, Parameter(name=("--out", "-o"))] = Path("calibration.yaml"),
     json: bool = False,
@@ -87,7 +89,8 @@ def calibrate(
     subjects = _subjects(pipe, classes, prompt, calls, holdout)
     requests = [_request(subject, seed + index, options) for index, subject in enumerate(subjects)]
     started = time.perf_counter()
-    with Console(stderr=True).status("measuring") as status:
+    console = Console(stderr=True)
+    with console.status("measuring") as status, naming_arguments(pipe, subjects[0]):
         found = measure(
             pipe,
             requests[:calls],

@@ -32,9 +32,17 @@ SCHEDULES = {"tail": Tail, "parastep": Parastep, "fixed": Fixed, "adaptive": Ada
 
 _Degree = Annotated[int | None, Parameter(validator=validators.Number(gte=1))]
 _Positive = Annotated[int, Parameter(validator=validators.Number(gte=1))]
-#: What torch takes as a seed; items of a batch take the next ones.
-_Seed = Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**63))]
 _Seconds = Annotated[float, Parameter(validator=validators.Number(gt=0))]
+
+
+def _check_finite(kind: Any, value: float | None) -> None:
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"{value} is no finite number.")
+
+
+#: What torch takes as a seed; items of a batch take the next ones.
+Seed = Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**63))]
+Scale = Annotated[float | None, Parameter(validator=_check_finite)]
 
 
 @Parameter(name="*")
@@ -98,8 +106,8 @@ class Subject:
     """
 
     steps: _Positive = 50
-    guidance_scale: float | None = None
-    seed: _Seed = 0
+    guidance_scale: Scale = None
+    seed: Seed = 0
     prompt: str | None = None
     classes: str | None = None
     arguments: Annotated[tuple[str, ...], Parameter(name="--set", show_default=False)] = ()
@@ -213,8 +221,6 @@ def call_of(subject: Subject) -> dict[str, Any]:
         if value is not None and place in call:
             raise ConfigError(f"--{name.replace('_', '-')} and --set {place}=...: give one")
     if subject.guidance_scale is not None:
-        if not math.isfinite(subject.guidance_scale):
-            raise ConfigError(f"--guidance-scale {subject.guidance_scale}: give a finite number")
         call["guidance_scale"] = subject.guidance_scale
     if subject.prompt is not None:
         call["prompt"] = subject.prompt

@@ -79,15 +79,19 @@ class Passes:
 
     def checked(self, call: Denoise, cut_output: Any) -> Any:
         """`cut_output`, held once per module against the whole call. Raises SplitMismatch."""
-        if call.module not in self._verified:
-            check_split(call, cut_output)
+        if call.module not in self._verified and check_split(call, cut_output):
             self._verified.add(call.module)
         return cut_output
 
 
-def check_split(call: Denoise, split: Any) -> None:
-    """Hold a cut evaluation against the whole one, once. Raises SplitMismatch."""
+def check_split(call: Denoise, split: Any) -> bool:
+    """Hold a cut evaluation against the whole one; whether it could be. Raises SplitMismatch.
+
+    An output that is not finite compares with nothing; its prediction is refused for that.
+    """
     whole = call.run()
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(whole)):
+        return False
     for a, b in zip(tensors_of(whole), tensors_of(split), strict=True):
         limit = torch.finfo(a.dtype).eps ** 0.5
         error = float((a.float() - b.float()).norm() / a.float().norm().clamp_min(1e-30))
@@ -97,6 +101,7 @@ def check_split(call: Denoise, split: Any) -> None:
                 f"{error:.2g} (relative, limit {limit:.2g}), so its rows depend on one another; "
                 "use cfg=1 and Steps(exact_split=False)"
             )
+    return True
 
 
 def tensors_of(value: Any) -> list[Tensor]:

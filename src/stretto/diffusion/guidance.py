@@ -17,6 +17,7 @@ from stretto.diffusion.exchange import digest
 from stretto.errors import SplitMismatch
 from stretto.mesh.mesh import Mesh
 from stretto.plan.options import Guidance
+from stretto.workload.denoise import chunks_of
 
 
 class Branches:
@@ -77,7 +78,9 @@ class Branches:
         self._steps += 1
 
     def _over_steps(self, call: Denoise, known: Any) -> Any:
-        return self.passes.checked(call, exact.shared(call, known, self.mesh, self.passes))
+        shared = exact.shared(call, known, self.mesh, self.passes)
+        is_whole = chunks_of(call.batch, self.mesh.size("step")) == 1
+        return shared if is_whole else self.passes.checked(call, shared)
 
     def _takes_batch(self, call: Denoise) -> bool:
         if self.option.split == "calls":

@@ -6,7 +6,6 @@ import difflib
 import inspect
 import os
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -18,6 +17,7 @@ import torch
 
 from stretto.diffusion import adapters
 from stretto.diffusion.api import emulate, parallelized
+from stretto.diffusion.arguments import naming_arguments
 from stretto.diffusion.clock import Count
 from stretto.diffusion.job import Job, Run
 from stretto.diffusion.output import Media
@@ -73,7 +73,9 @@ class Worker:
         """On this rank alone, with virtual ranks: a function from steps to what is generated."""
 
         def once(steps: int) -> Media:
-            return media_of(self.pipe, self.pipe(**self._arguments(steps)), self._call)
+            with naming_arguments(self.pipe, self.job.call):
+                result = self.pipe(**self._arguments(steps))
+            return media_of(self.pipe, result, self._call)
 
         with emulate(self.pipe, plan, denoiser=self.job.denoiser), self._told("measuring"):
             yield once
@@ -81,7 +83,8 @@ class Worker:
     def _generate(self, run: Run, stage: str) -> None:
         with self._under(run.plan) as attached, self._told(stage):
             began = time.perf_counter()
-            result = self._called(run.steps)
+            with naming_arguments(self.pipe, self.job.call):
+                result = self.pipe(**self._arguments(run.steps))
             self._synchronize()
             run.seconds.append(time.perf_counter() - began)
         if isinstance(attached, Count):
@@ -92,20 +95,6 @@ class Worker:
                 run.report["ranks"] = [report.as_dict() for report in attached.reports]
         if self.rank == 0:
             run.media = media_of(self.pipe, result, self._call)
-
-    def _called(self, steps: int) -> Any:
-        """What the pipeline returns. Raises ConfigError where it cannot take its arguments."""
-        try:
-            return self.pipe(**self._arguments(steps))
-        except (TypeError, ValueError, AttributeError) as error:
-            if _is_raised_here(error):
-                raise
-            given = ", ".join(f"{name}={value!r:.40}" for name, value in self.job.call.items())
-            raise ConfigError(
-                f"{type(self.pipe).__name__} cannot be called so: {type(error).__name__}: {error}\n"
-                f"  it was given: {given or 'nothing but steps and a generator'}\n"
-                "  to fix: mend the value, or pass what is missing with --set"
-            ) from error
 
     def wait_for_all(self) -> None:
         """Every rank is here. Waiting ranks sleep in the kernel; they do not spin."""
@@ -305,14 +294,6 @@ def _read(value: Any) -> Any:
         return Image.open(file).convert("RGB")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} is neither a picture nor a .npy array: {error}") from None
-
-
-def _is_raised_here(error: BaseException) -> bool:
-    """Whether the last frame is the product's: then it is a mistake of ours, and no argument's."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    module = frames[-1][0].f_globals.get("__name__", "") if frames else ""
-    # The shipped pipelines are called with arguments of the user like any other.
-    return module.startswith("stretto.") and not module.startswith("stretto.diffusion.shipped")
 
 
 def _check_degree(plan: Plan, steps: int) -> None:
