@@ -9,7 +9,8 @@ from stretto.diffusion.api import emulate
 from stretto.plan.model import Plan
 from stretto.plan.options import Listed, Steps
 from stretto.testing import models
-from stretto.testing.exactness import Oracle, reference
+from stretto.testing.exactness import Oracle, emulated, on_ranks, reference
+from stretto.testing.ranks import run_ranks
 from stretto.testing.tiny import unet
 
 WINDOWS = Listed(sizes=(1, 1, 3, 2, 1))
@@ -39,6 +40,16 @@ def test_a_sample_returned_twice_is_no_extra(walk):
 def test_a_leader_sends_no_functions_of_its_scheduler():
     """SA-Solver keeps one made in its constructor, which no pickle takes."""
     assert all(exact(case_of("SASolverScheduler", stochastic=True), "leader"))
+
+
+@pytest.mark.ranks
+def test_a_leader_is_sent_part_of_a_prediction():
+    """DiT predicts variances in further channels: what is left without them has gaps in memory."""
+    plan = Plan(step=Steps(degree=2, windows=Listed(sizes=(1, 2, 2, 2, 1)), walk="leader"))
+    expected, _ = emulated(models.OTHERS["dit"], plan)
+    for rank in run_ranks(on_ranks, plan.sizes, ["dit"], plan):
+        assert rank["dit"]["walk"] == "leader"
+        assert torch.equal(rank["dit"]["output"], expected)
 
 
 def test_a_pipeline_keeps_its_signature_inside():

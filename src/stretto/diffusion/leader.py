@@ -27,7 +27,9 @@ class Leader(Walk):
         run = self.run
         is_last = inside == run.window.size - 1
         if inside and run.rank in (0, inside):
-            moved = run.mesh.permute(call.guided, "step", {inside: 0}, "window").wait()
+            # A network that predicts variances too leaves every other channel out.
+            guided = call.guided.contiguous()
+            moved = run.mesh.permute(guided, "step", {inside: 0}, "window").wait()
             call = call if moved is None else call.replaced(model_output=moved)
         if run.rank == 0:
             exchange.check_finite([call.guided], run.position, run.deferred, rank=0)
