@@ -299,7 +299,18 @@ def test_explain_says_what_goes_where():
     assert "cp64(ring4 x team2 x ulysses8, tile, auto), rank 0 of 64" in text
     assert "column          shift      ring" in text
     assert "= 6 blocks in 3 message(s)" in text
-    assert "= 2.625 blocks in 14 message(s)" in text
+    assert "= 2.625 blocks in 7 message(s)" in text
+
+
+def test_queries_and_keys_of_other_rows_travel_apart():
+    context = Context(ulysses=2)
+    together = schedule(context, AttentionCase.of(context, tokens=8, heads=(2, 2), head_dim=4))
+    assert [move.tensors for move in together.forward.before] == [("q", "k", "v")]
+    assert [move.tensors for move in together.backward.after] == [("dq", "dk", "dv")]
+    sizes = {"tokens": 8, "kv_tokens": 12, "heads": (2, 2), "head_dim": 4}
+    apart = schedule(context, AttentionCase.of(context, **sizes))
+    assert [move.tensors for move in apart.forward.before] == [("q",), ("k", "v")]
+    assert [move.tensors for move in apart.backward.after] == [("dq",), ("dk", "dv")]
 
 
 def test_peaks_of_the_brief():

@@ -138,7 +138,7 @@ class _Tile:
         return self.call.context
 
     def forward(self) -> Pass:
-        before = [*self.heads("heads", "q"), *self.heads("heads", "k", "v")]
+        before = self.heads_in()
         before += self.gather("row-q", "q")
         turns = self.walk("column", back=False)
         return Pass(tuple(before), turns, tuple(self.forward_out()))
@@ -186,9 +186,18 @@ class _Tile:
         out = ("out", "lse") if self.call.case.return_lse else ("out",)
         return [*self.reduce("row-out", "out", "lse"), *self.heads_home("heads-out", *out)]
 
+    def heads_in(self) -> list[Move]:
+        """Queries, keys and values before all else."""
+        return [m for names in self._together("q", "k", "v") for m in self.heads("heads", *names)]
+
     def backward_out(self) -> list[Move]:
-        home = self.heads_home
-        return [*home("back-heads-out", "dq"), *home("back-heads-out", "dk", "dv")]
+        groups, home = self._together("dq", "dk", "dv"), self.heads_home
+        return [move for names in groups for move in home("back-heads-out", *names)]
+
+    def _together(self, q: str, k: str, v: str) -> tuple[tuple[str, ...], ...]:
+        """What travels as one message: all three where queries and keys lie on the same rows."""
+        case = self.call.case
+        return ((q, k, v),) if case.q_rows == case.kv_rows else ((q,), (k, v))
 
     # ---- rows --------------------------------------------------------------------------------
 
@@ -315,7 +324,7 @@ class _StarTrail(_Tile):
     """Concentric rings: team gathers, placement by the transpose of the grid, sub-rings."""
 
     def forward(self) -> Pass:
-        before = [*self.heads("heads", "q"), *self.heads("heads", "k", "v")]
+        before = self.heads_in()
         before += [*self.gather("team", "q"), *self.gather("team", "k", "v", kv=True)]
         before += self.placement("placement")
         return Pass(tuple(before), self._sub_ring(back=False), tuple(self.forward_out()))

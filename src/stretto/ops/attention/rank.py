@@ -133,10 +133,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, SavedBlocks]:
     plan = job.schedule.forward
     moves = list(plan.before)
-    heads = _taken(moves, "heads")
-    coming_q = heads_exchanged(job, heads[:1], {"q": rows_first(q)})
-    coming_kv = heads_exchanged(job, heads[1:], {"k": rows_first(k), "v": rows_first(v)})
-    own_q, own_kv = coming_q.wait(), coming_kv.wait()
+    own_q, own_kv = _shares(job, _taken(moves, "heads"), q, k, v)
     kept: list[Block] = []
     walk = Walk(job, plan, kept)
     rows = Gathering(job, moves, own_q)
@@ -149,6 +146,22 @@ def _forward(
     result = public(home)
     saved = SavedBlocks(job, own_q, own_kv, result, lse, kept)
     return result, None if home_lse is None else public(home_lse), saved
+
+
+def _shares(job: Job, moves: list[Move], q: Tensor, k: Tensor, v: Tensor) -> tuple[Block, Block]:
+    """Queries, keys with values: more rows of a share of the heads, or all heads of own rows."""
+    queries, keys = {"q": rows_first(q)}, {"k": rows_first(k), "v": rows_first(v)}
+    if not moves:
+        # Unlike keys they rarely travel, and lie as the walk takes them after most projections.
+        own = Block.resting(job.schedule.q, {"q": queries["q"].contiguous()})
+        return own, Block.of(job.schedule.kv, keys)
+    if len(moves) == 1:
+        both = heads_exchanged(job, moves[0], queries | keys, tuple(queries), tuple(keys))
+        of_q, of_kv = both.wait()
+        return of_q, of_kv
+    coming = heads_exchanged(job, moves[0], queries), heads_exchanged(job, moves[1], keys)
+    ((of_q,), (of_kv,)) = (pending.wait() for pending in coming)
+    return of_q, of_kv
 
 
 def _taken(moves: list[Move], phase: str) -> list[Move]:
@@ -249,8 +262,9 @@ def _queries(
         return Block.resting(saved.q.rows, known | {"out": out_LBHD})
     known["delta"] = backends.delta(dout_LBHD, out_LBHD)
     if heads:
-        came = heads_exchanged(job, heads, {name: known[name] for name in ("dout", "delta")})
-        known |= came.wait().parts
+        (move,) = heads
+        (came,) = heads_exchanged(job, move, {n: known[n] for n in ("dout", "delta")}).wait()
+        known |= came.parts
     return Block.of(saved.q.rows, known) if travel else Block.resting(saved.q.rows, known)
 
 
@@ -356,9 +370,11 @@ def _gradients_home(
     dq, sums = dq.cast(job.dtype), sums.cast(job.dtype)
     if not moves:
         return public(dq["dq"]), public(sums["dk"]), public(sums["dv"])
-    of_q, of_kv = moves
-    coming = heads_home(job, of_q, dq), heads_home(job, of_kv, sums)
-    grads = coming[0].wait() | coming[1].wait()
+    if len(moves) == 1:
+        grads = heads_home(job, moves[0], Block.resting(dq.rows, dq.parts | sums.parts)).wait()
+    else:
+        coming = heads_home(job, moves[0], dq), heads_home(job, moves[1], sums)
+        grads = coming[0].wait() | coming[1].wait()
     return public(grads["dq"]), public(grads["dk"]), public(grads["dv"])
 
 

@@ -15,6 +15,8 @@ from stretto.plan.column import kv_heads, union
 from stretto.plan.moves import Move
 from stretto.plan.ranges import Spans
 
+_OF_KEYS = ("k", "v", "dk", "dv")
+
 
 class Gathering:
     """Queries, with what goes along, of the whole team: the first level is under way at once."""
@@ -74,36 +76,32 @@ def summed(job: Job, moves: list[Move], block: Block) -> Block:
     return block
 
 
-def heads_exchanged(job: Job, moves: list[Move], tensors: dict[str, Tensor]) -> Pending[Block]:
-    """Own rows with all heads, (L, B, heads, ...), as a block of more rows with a share of them.
+def heads_exchanged(
+    job: Job, move: Move, tensors: dict[str, Tensor], *groups: tuple[str, ...]
+) -> Pending[list[Block]]:
+    """Own rows with all heads, (L, B, heads, ...), as blocks of more rows with a share of them.
 
-    Under way when it returns. Without moves the block of one's own rows.
+    Under way when it returns. A block for each group of names; none stands for all in one.
     """
-    case, context = job.schedule.case, job.schedule.context
-    of_keys = "k" in tensors
-    own = (case.kv_rows if of_keys else case.q_rows)[case.rank]
-    if not moves and of_keys:
-        return Pending(lambda: Block.of(own, tensors))
-    if not moves:
-        # Unlike keys they rarely travel, and lie as the walk takes them after most projections.
-        return Pending(lambda: Block.resting(own, {n: x.contiguous() for n, x in tensors.items()}))
-    (move,) = moves
+    groups = groups or (tuple(tensors),)
+    own, rows = _rows_of(job, move.tensors[0])
 
     def share(rank: int) -> dict[str, Tensor]:
-        first, end = _heads_of(job, rank, keys=of_keys)
-        return {name: tensor[:, :, first:end] for name, tensor in tensors.items()}
+        return {n: x[:, :, slice(*_heads_of(job, rank, n))] for n, x in tensors.items()}
 
     sends = {peer: Block.of(own, share(peer)) for peer in move.sends}
-    mine = share(case.rank % context.ulysses)
+    mine = share(job.schedule.case.rank % job.schedule.context.ulysses)
     specs = {name: (tuple(x.shape[1:]), x.dtype) for name, x in mine.items()}
     coming = job.start(move, sends, specs)
-    whole = Block.empty(job.schedule.kv if of_keys else job.schedule.q, specs, job.device)
-    whole.take(own, mine)
+    wholes = [Block.empty(rows, {n: specs[n] for n in names}, job.device) for names in groups]
+    for whole in wholes:
+        whole.take(own, {n: mine[n] for n in whole.parts})
 
-    def arrived() -> Block:
+    def arrived() -> list[Block]:
         for block in coming.wait().values():
-            whole.take(block.rows, block.parts)
-        return whole
+            for whole in wholes:
+                whole.take(block.rows, {n: block[n] for n in whole.parts})
+        return wholes
 
     return Pending(arrived)
 
@@ -111,50 +109,51 @@ def heads_exchanged(job: Job, moves: list[Move], tensors: dict[str, Tensor]) -> 
 def heads_home(job: Job, move: Move, block: Block) -> Pending[dict[str, Tensor]]:
     """A share of heads of more rows, as own rows with all heads, (L, B, heads, ...) by name.
 
-    Under way when it returns.
+    Under way when it returns. Where ranks outnumber key heads, several hold parts of one head's
+    gradient: they are summed, in order of rank.
     """
-    case, context = job.schedule.case, job.schedule.context
-    keys = move.tensors[0] == "dk"
-    own = (case.kv_rows if keys else case.q_rows)[case.rank]
+    own, _ = _rows_of(job, move.tensors[0])
     coming = job.hand(move, block)
-    # Where ranks outnumber key heads, several hold parts of one head's sum.
-    join = _overlaid if keys and context.ulysses > case.heads_kv else _side_by_side
+    here = job.schedule.case.rank % job.schedule.context.ulysses
 
     def arrived() -> dict[str, Tensor]:
-        shares = coming.wait() | {case.rank % context.ulysses: block}
-        return {name: join(job, own, dict(sorted(shares.items())), name) for name in block.parts}
+        shares = coming.wait() | {here: block}
+        return {
+            name: _all_heads(job, own, dict(sorted(shares.items())), name) for name in block.parts
+        }
 
     return Pending(arrived)
 
 
-def _heads_of(job: Job, rank: int, *, keys: bool) -> tuple[int, int]:
-    """First and end head of a Ulysses rank's share."""
+def _rows_of(job: Job, name: str) -> tuple[Spans, Spans]:
+    """Own rows of a tensor, and those of all Ulysses ranks."""
+    case, plan = job.schedule.case, job.schedule
+    if name in _OF_KEYS:
+        return case.kv_rows[case.rank], plan.kv
+    return case.q_rows[case.rank], plan.q
+
+
+def _heads_of(job: Job, rank: int, name: str) -> tuple[int, int]:
+    """First and end head of a Ulysses rank's share of a tensor."""
     case, u = job.schedule.case, job.schedule.context.ulysses
-    if not keys:
+    if name not in _OF_KEYS:
         return rank * case.heads_q // u, (rank + 1) * case.heads_q // u
     first = rank * case.heads_kv // u
     return first, first + kv_heads(case, u)
 
 
-def _side_by_side(job: Job, own: Spans, shares: dict[int, Block], name: str) -> Tensor:
-    """Own rows of every rank's share of the heads, beside one another."""
-    sample = shares[0][name]
-    heads = sum(share[name].shape[2] for share in shares.values())
-    whole = sample.new_empty((own.rows, sample.shape[1], heads, *sample.shape[3:]))
-    first = 0
-    for share in shares.values():
-        end = first + share[name].shape[2]
-        share.give(own, name, whole[:, :, first:end])
-        first = end
-    return whole
-
-
-def _overlaid(job: Job, own: Spans, shares: dict[int, Block], name: str) -> Tensor:
-    """The same with heads that several hold summed, in wide dtype, in order of rank."""
-    sample, heads = shares[0][name], job.schedule.case.heads_kv
+def _all_heads(job: Job, own: Spans, shares: dict[int, Block], name: str) -> Tensor:
+    """Own rows of every rank's share of the heads, beside one another; shared ones are summed."""
+    case, sample = job.schedule.case, shares[0][name]
+    is_shared = name in _OF_KEYS and job.schedule.context.ulysses > case.heads_kv
+    heads = case.heads_kv if name in _OF_KEYS else case.heads_q
     shape = (own.rows, sample.shape[1], heads, *sample.shape[3:])
+    if not is_shared:
+        whole = sample.new_empty(shape)
+        for rank, share in shares.items():
+            share.give(own, name, whole[:, :, slice(*_heads_of(job, rank, name))])
+        return whole
     total = torch.zeros(shape, dtype=job.wide, device=job.device)
     for rank, share in shares.items():
-        first, end = _heads_of(job, rank, keys=True)
-        total[:, :, first:end].add_(share.select(own)[name])
+        total[:, :, slice(*_heads_of(job, rank, name))].add_(share.select(own)[name])
     return total.to(job.dtype)
