@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stretto.diffusion.calibration import resolved
 from stretto.diffusion.hooks import Attachment
+from stretto.diffusion.inputs import check_mesh, check_pipeline, check_predictors, plan_in
 from stretto.diffusion.once import Once
 from stretto.diffusion.predict import Predictor
 from stretto.diffusion.remembered import Remembered
@@ -22,7 +23,6 @@ from stretto.diffusion.report import Report
 from stretto.errors import PlanMismatch, UnsupportedPipeline
 from stretto.mesh.local import LocalMesh, LocalWorld
 from stretto.mesh.mesh import TIMEOUT_S, Mesh
-from stretto.plan.io import read_plan
 from stretto.plan.model import Plan
 
 
@@ -45,13 +45,16 @@ def parallelized(
     methods of `predict.Predictor`. `debug` compares a hash of the latents at every window.
     Leaving restores the pipeline, also after an exception; two pipelines may be inside at once.
     Yields an Attachment: `.report` after a call, `.provisional` inside callbacks.
-    Raises PlanMismatch, UnsupportedPipeline before any call; in a call LatentsEdited,
+    Raises ConfigError, PlanMismatch, UnsupportedPipeline before any call; in a call LatentsEdited,
     SplitMismatch, IncompleteWindow, HookDisplaced, NonFinite, RanksDisagree, RankLost.
     Source: ParaStep, NeurIPS 2025 (arXiv 2505.14741), section 3; classifier-free guidance over
     ranks as in xDiT (arXiv 2411.01738), section 3.
     """
-    chosen = plan if isinstance(plan, Plan) else read_plan(plan)
-    chosen = resolved(chosen, pipe, mesh=mesh, denoiser=denoiser)
+    check_pipeline(pipe)
+    check_mesh(mesh)
+    if predictor is not None:
+        check_predictors([predictor], 1)
+    chosen = resolved(plan_in(plan), pipe, mesh=mesh, denoiser=denoiser)
     if dict(chosen.sizes) != dict(mesh.sizes):
         split = [a for a, size in chosen.sizes.items() if max(size, mesh.size(a)) > 1]
         ours, theirs = (_axes(sizes, split) for sizes in (chosen.sizes, mesh.sizes))
@@ -88,8 +91,10 @@ def emulate(
     sooner, from a denoiser that gives equal outputs for equal inputs. Reports count as for ranks.
     A stochastic scheduler needs an explicit generator: UnsupportedPipeline.
     """
-    chosen = plan if isinstance(plan, Plan) else read_plan(plan)
-    chosen = resolved(chosen, pipe, denoiser=denoiser)
+    check_pipeline(pipe)
+    chosen = resolved(plan_in(plan), pipe, denoiser=denoiser)
+    if predictors is not None:
+        check_predictors(predictors, chosen.world_size)
     plain = type(pipe)
     if batched and chosen.cfg.degree > 1:
         raise PlanMismatch(
