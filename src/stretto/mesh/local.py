@@ -191,7 +191,8 @@ class LocalMesh(Mesh):
 
     def abort(self, reason):
         self.world.failed.setdefault(self.world_rank, RankLost(reason))
-        self.world.turn.notify_all()
+        with self.world.turn:
+            self.world.turn.notify_all()
 
     def check(self):
         if self.world.failed:
