@@ -265,3 +265,17 @@ def test_a_copied_scheduler_steps_for_itself_or_is_refused(degree):
         else:
             with pytest.raises(UnsupportedPipeline, match="second scheduler"):
                 DDIM.call(pipe, callback_on_step_end=copying)
+
+
+def test_a_pipeline_called_by_its_own_callback_is_refused():
+    pipe = DDIM.pipeline()
+    plain = DDIM.call(pipe)
+
+    def again(pipe, i, t, tensors):
+        DDIM.call(pipe)
+        return {}
+
+    with parallelized(pipe, Plan(), mesh=alone()):
+        with pytest.raises(UnsupportedPipeline, match="called inside its own call"):
+            DDIM.call(pipe, callback_on_step_end=again)
+        assert torch.equal(DDIM.call(pipe), plain)

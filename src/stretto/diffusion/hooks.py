@@ -212,6 +212,11 @@ class Attachment:
 
     def call(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline's own call under a fresh run; its result is never provisional."""
+        if self._run is not None:
+            raise UnsupportedPipeline(
+                f"{type(self.pipe).__name__} is called inside its own call, by a callback; give "
+                "the callback a pipeline of its own"
+            )
         if not all(check() for check in self._in_place):
             raise HookDisplaced(
                 f"{type(self.pipe).__name__}: a hooked method or the scheduler was replaced after "

@@ -343,7 +343,8 @@ class StepRun:
         if isinstance(self.plan.step.windows, Adaptive):
             raise PlanMismatch(
                 "adaptive windows measure guess errors, which only the replay walk does; this "
-                "pipeline is walked by a leader because it edits latents: use Tail() or Fixed()"
+                "pipeline is walked by a leader (asked for, or because it edits latents): use "
+                "Tail() or Fixed()"
             )
         self.walk = Leader(self)
         self.report.walk = self.walk.name

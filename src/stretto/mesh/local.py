@@ -161,6 +161,7 @@ class LocalMesh(Mesh):
         for src, dst in moves.items():
             key = self._key(f"permute {src}-{dst}", axis)
             if here == src:
+                assert tensor.is_contiguous(), f"permute on {axis} for {phase}: strided tensor"
                 self.world.slots[key] = {src: tensor.clone()}
                 self.world.turn.notify_all()
             elif here == dst:
