@@ -88,17 +88,11 @@ def calibrate(
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     subjects = _subjects(pipe, classes, prompt, calls, holdout)
     requests = [_request(subject, seed + index, options) for index, subject in enumerate(subjects)]
+    given = {"degree": degree, "depths": depth, "holdout": requests[calls:]}
     started = time.perf_counter()
     console = Console(stderr=True)
     with console.status("measuring") as status, naming_arguments(pipe, subjects[0]):
-        found = measure(
-            pipe,
-            requests[:calls],
-            degree=degree,
-            depths=depth,
-            holdout=requests[calls:],
-            say=status.update,
-        )
+        found = measure(pipe, requests[:calls], **given, say=status.update)
     seconds = time.perf_counter() - started
     write_calibration(found, out)
     if json:
