@@ -1,5 +1,6 @@
 """bench links: bounds beside its times, what its kernels leave alone, ranks and nodes that end."""
 
+import multiprocessing
 import os
 import threading
 from collections import Counter
@@ -27,7 +28,7 @@ from stretto.bench.links_cases import (
 from stretto.bench.links_ranks import Timing
 from stretto.bench.links_summary import auto_over_best, cases, rank_correlation, summary
 from stretto.cli.app import main
-from stretto.errors import ConfigError, LaunchError, MissingDependency, StrettoError
+from stretto.errors import ConfigError, LaunchError, MissingDependency, RankLost, StrettoError
 from stretto.mesh.count import CountingMesh
 from stretto.mesh.local import LocalWorld
 from stretto.plan.context import named_points
@@ -407,3 +408,18 @@ def test_nodes_are_removed_after_a_failure_and_those_left_behind_with_them():
     assert gone not in names
     assert len(names) >= 3
     assert not names & ours()
+
+
+def test_an_error_is_told_before_the_silence_that_it_causes():
+    fleet = links_ranks.Fleet([])
+    pairs = [multiprocessing.Pipe() for _ in range(3)]
+    fleet._pipes = [here for here, _ in pairs]
+    pairs[2][1].send(("error", "KeyError: 7"))
+    with pytest.raises(LaunchError, match="rank 2 raised KeyError: 7"):
+        fleet._answers(60)
+    pairs[0][1].send(("answer", 1))
+    with pytest.raises(RankLost, match=r"rank 1, 2 gave no answer within 0\.1 s"):
+        fleet._answers(0.1)
+    for rank, (_, there) in enumerate(pairs):
+        there.send(("answer", rank))
+    assert fleet._answers(60) == [0, 1, 2]

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from multiprocessing import connection
 from typing import Any
 
 import torch
@@ -120,18 +121,19 @@ class Fleet:
         )
 
     def _answers(self, limit_s: float) -> list[Any]:
-        found, deadline = [], time.monotonic() + limit_s
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                raise RankLost(f"rank {rank} gave no answer within {limit_s:g} s")
-            try:
-                kind, answer = pipe.recv()
-            except (EOFError, OSError):
-                raise RankLost(f"rank {rank} ended without an answer") from None
-            if kind == "error":
-                raise LaunchError(f"rank {rank} raised {answer}")
-            found.append(answer)
-        return found
+        """Whoever answers first is heard first: an error of one explains the silence of others."""
+        found: dict[int, Any] = {}
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        deadline = time.monotonic() + limit_s
+        while waiting:
+            ready = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                silent = ", ".join(map(str, waiting.values()))
+                raise RankLost(f"rank {silent} gave no answer within {limit_s:g} s")
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                found[rank] = _received(rank, pipe)
+        return [found[rank] for rank in sorted(found)]
 
     def _end(self) -> None:
         """By the ids of the processes that were started here."""
@@ -141,6 +143,17 @@ class Fleet:
             rank.join()
         for pipe in self._pipes:
             pipe.close()
+
+
+def _received(rank: int, pipe: Any) -> Any:
+    """A rank's answer. Raises LaunchError for its error, RankLost where it has ended."""
+    try:
+        kind, answer = pipe.recv()
+    except (EOFError, OSError):
+        raise RankLost(f"rank {rank} ended without an answer") from None
+    if kind == "error":
+        raise LaunchError(f"rank {rank} raised {answer}")
+    return answer
 
 
 def _busy_seconds() -> float:
