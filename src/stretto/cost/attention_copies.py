@@ -75,7 +75,7 @@ class _Sizes:
 
     def heads_back(self) -> float:
         """dO, then dQ and dK, dV; and what stands in for the output."""
-        return self.exchanged * (2 * self.q + self.kv) + self._stand_in(self.context.ulysses > 1)
+        return self.heads() + self._stand_in(self.context.ulysses > 1)
 
     def rows(self) -> float:
         """The team's queries joined, its outputs cut, and those of own rows merged."""

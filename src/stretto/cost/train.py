@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from stretto.cluster.model import Cluster
 from stretto.cost import attention
@@ -19,9 +19,9 @@ from stretto.cost.attention_links import Fabric, fabric_of, load_of
 from stretto.cost.attention_memory import Memory, memory_of
 from stretto.cost.attention_work import step_pairs
 from stretto.errors import PlanMismatch
+from stretto.plan.context import Context, settled
 from stretto.plan.model import Plan
-from stretto.plan.options import Context
-from stretto.plan.ranges import Mask, resolve_layout, shard
+from stretto.plan.ranges import Mask
 from stretto.workload.train import Training
 
 PHASES = ("attention forward", "attention backward", "layers")
@@ -92,19 +92,9 @@ def mask_of(training: Training) -> Mask:
     return Mask(causal=arch.causal, window=training.seen, documents=training.documents)
 
 
-def settled(training: Training, context: Context) -> Context:
-    """The plan as a model is bound to it: one layout for all layers, which no window changes.
-
-    As `parallel.context.settled`, which torch is needed for.
-    """
-    mask = replace(mask_of(training), window=None)
-    layout = resolve_layout(context.layout, training.tokens, context.degree, mask)
-    if layout == "documents" and training.documents is None:
-        layout = resolve_layout("auto", training.tokens, context.degree, mask)
-    elif layout == "documents" and training.seen is not None:
-        shards = shard(layout, training.tokens, context.degree, mask)
-        layout = tuple(rows.spans for rows in shards)
-    return replace(context, layout=layout)
+def bound(training: Training, context: Context) -> Context:
+    """The plan as a model is bound to it: one layout for all layers, which no window changes."""
+    return settled(context, causal=training.arch.causal, documents=training.documents)
 
 
 def call_of(training: Training, context: Context) -> Call:
@@ -172,7 +162,7 @@ def _slowest_pass(
 ) -> Pass:
     """One attention on the device kind on which it takes longest."""
     call = call_of(training, context)
-    pairs = step_pairs(settled(training, context), training.tokens, mask_of(training))
+    pairs = step_pairs(bound(training, context), training.tokens, mask_of(training))
     found = []
     for name in sorted({kind for _, kind in used.places}):
         kernel = attention.kernel_of(used.devices[name], training.dtype)

@@ -7,7 +7,7 @@ from stretto.cost.attention import Pass
 from stretto.cost.attention_bytes import Call, by_phase, terms
 from stretto.cost.attention_links import fabric_of
 from stretto.cost.attention_traffic import Ledger, Line, ledger
-from stretto.cost.train import PHASES, TrainEstimate, mask_of, settled
+from stretto.cost.train import PHASES, TrainEstimate, bound, mask_of
 from stretto.plan.model import Plan
 from stretto.plan.options import AttentionCase, Context
 from stretto.quantities import short
@@ -24,7 +24,7 @@ def case_of(training: Training, context: Context) -> AttentionCase:
     """One attention of one sequence of the job, seen from rank 0."""
     arch = training.arch
     return AttentionCase.of(
-        settled(training, context),
+        bound(training, context),
         tokens=training.tokens,
         heads=(arch.heads, arch.kv_heads),
         head_dim=arch.head_dim,

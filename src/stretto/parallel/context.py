@@ -7,7 +7,6 @@ on this rank, D head dim.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -17,8 +16,8 @@ from torch.nn import functional
 
 from stretto.errors import ConfigError, PlanMismatch, ShapeError, UnsupportedModel
 from stretto.mesh.mesh import Mesh
-from stretto.plan.context import Context
-from stretto.plan.ranges import Mask, Spans, packed, resolve_layout, shard
+from stretto.plan.context import Context, settled
+from stretto.plan.ranges import Mask, Spans, packed, shard
 
 
 def _even(rows: tuple[int, ...]) -> bool:
@@ -30,24 +29,6 @@ def _in_order(rows: tuple[int, ...]) -> tuple[tuple[tuple[int, int], ...], ...]:
     """Ranges of ranks that hold so many rows, one rank after the other."""
     ends = list(accumulate(rows))
     return tuple(((end - own, end),) if own else () for own, end in zip(rows, ends, strict=True))
-
-
-@lru_cache(maxsize=256)
-def settled(plan: Context, *, causal: bool, documents: tuple[int, ...] | None = None) -> Context:
-    """The plan with its layout decided once for all layers of a model.
-
-    Tokens lie in one order from the first layer to the last, so a layer with a window or chunks
-    must not choose another layout than one without. Packed documents get their ranges written out.
-    """
-    mask = Mask(causal=causal, documents=documents)
-    layout = resolve_layout(plan.layout, 0, plan.degree, mask)
-    if layout == "documents":
-        if documents is None:
-            layout = resolve_layout("auto", 0, plan.degree, mask)
-        else:
-            shards = shard(layout, sum(documents), plan.degree, mask)
-            layout = tuple(rows.spans for rows in shards)
-    return replace(plan, layout=layout)
 
 
 def own_rows(tokens: int, mesh: Mesh, plan: Context, mask: Mask) -> Spans:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from stretto.errors import PlanMismatch
 from stretto.plan.checks import (
@@ -26,7 +27,7 @@ from stretto.plan.checks import (
 )
 from stretto.plan.circulation import DoubleRing, Gather, Ring, Schedule, StarTrail, Tile
 from stretto.plan.moves import PASSES
-from stretto.plan.ranges import FULL, LAYOUTS, Layout, Mask, Spans, shard
+from stretto.plan.ranges import FULL, LAYOUTS, Layout, Mask, Spans, resolve_layout, shard
 from stretto.plan.schedule import schedule
 from stretto.plan.traffic import Traffic
 
@@ -259,6 +260,24 @@ def of_sequence(plan: object) -> Context:
             "  to fix: Context(ring=...), or Context.named(name, ranks)"
         )
     return context
+
+
+@lru_cache(maxsize=256)
+def settled(plan: Context, *, causal: bool, documents: tuple[int, ...] | None = None) -> Context:
+    """The plan with its layout decided once for all layers of a model.
+
+    Tokens lie in one order from the first layer to the last, so a layer with a window or chunks
+    must not choose another layout than one without. Packed documents get their ranges written out.
+    """
+    mask = Mask(causal=causal, documents=documents)
+    layout = resolve_layout(plan.layout, 0, plan.degree, mask)
+    if layout == "documents":
+        if documents is None:
+            layout = resolve_layout("auto", 0, plan.degree, mask)
+        else:
+            shards = shard(layout, sum(documents), plan.degree, mask)
+            layout = tuple(rows.spans for rows in shards)
+    return replace(plan, layout=layout)
 
 
 def legal_ulysses(heads_q: int, heads_kv: int, ranks: int) -> list[int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from stretto import axes
 from stretto.cluster.model import Cluster
-from stretto.cost.train import TrainEstimate, estimate, settled
+from stretto.cost.train import TrainEstimate, bound, estimate
 from stretto.errors import Infeasible
 from stretto.plan.checks import divisors
 from stretto.plan.context import legal_ulysses, named_points
@@ -179,7 +179,7 @@ def _layouts(training: Training, ranks: int) -> list[str]:
     if training.seen is None and training.documents is None:
         return ["auto"]
     others = ["zigzag"] if training.documents is not None else ["zigzag", "contiguous"]
-    meant = settled(training, Context(ring=ranks)).layout
+    meant = bound(training, Context(ring=ranks)).layout
     return ["auto", *(name for name in others if name != meant and training.arch.causal)]
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from stretto.errors import ShapeError, UnsupportedModel
-from stretto.parallel.context import Binding, own_rows, settled
+from stretto.parallel.context import Binding, own_rows
 from stretto.parallel.layouts.masks import refuse_padding
+from stretto.plan.context import settled
 from stretto.plan.ranges import Layout, Mask, Span, Spans, packed
 
 _ROUTER = "router losses are products of averages over tokens, which shards cannot add up"
