@@ -4,13 +4,17 @@ python benchmarks/steps_overhead.py --out overhead.json [--curves dit,audioldm2]
 
 Hooks: the same pipeline call plain and under a plan of one rank, in turns. Replay: one process
 walks as the last of p step ranks, with a mesh that hands its own message back in place of its
-peers', so snapshots, guesses, packing and the true steps are all there and transport is not; it is
-held against a plain run with as many evaluations. Transport is measured in steps_slices.py.
+peers', so snapshots, guesses, packing and the true steps are all there and transport is not. It is
+held against two runs, in turns: a plain one with as many evaluations and so with fewer steps, and
+the whole plain run whose other evaluations cost nothing (an output is handed out again), which has
+every scheduler step and recombination that the pipeline makes itself and that no parallel run can
+leave out. Above the second is what stretto adds. Transport is measured in steps_slices.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +33,13 @@ from stretto.plan.options import Fixed
 #: Steps of the plain run, windows of the replayed one: both make as many evaluations.
 DEPTH = 7
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+#: Of the summary: where it comes from. Over a plain run of as many evaluations, and over the whole
+#: plain run whose other evaluations are free.
+MEASURES = {
+    "hooks_percent": ("hooks", "overhead_percent"),
+    "replay_percent": ("replay", "overhead_percent"),
+    "replay_added_percent": ("replay", "added_percent"),
+}
 SCHEDULERS: dict[str, tuple[str, dict]] = {
     "FlowMatchEuler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
     "DDIM": ("DDIMScheduler", {"clip_sample": False}),
@@ -48,7 +59,7 @@ class EchoMesh(Mesh):
         self.world_rank = 0
 
     def all_gather(self, tensor: torch.Tensor, axis: str | None, phase: str) -> Pending:
-        return Pending(lambda: [tensor.clone() for _ in range(self.size(axis))])
+        return Pending(lambda: [tensor] * self.size(axis))
 
     def broadcast(self, tensor: torch.Tensor, axis: str | None, src: int, phase: str) -> Pending:
         return Pending(lambda: tensor)
@@ -115,22 +126,26 @@ class Bench:
         return result.timed(lambda: self.pipe.denoise(x, t, labels), self.device)
 
 
-def pairs(
-    plain: Callable[[], Any], other: Callable[[], Any], count: int, device: torch.device
-) -> dict[str, Any]:
-    """Times of two pieces of work in turns, which goes first alternating, and their ratios."""
-    plain(), other()
-    found: list[tuple[float, float]] = []
+def in_turns(
+    works: dict[str, Callable[[], Any]], count: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of pieces of work by name, one after another in each round, order alternating."""
+    for work in works.values():
+        work()
+    found: dict[str, list[float]] = {name: [] for name in works}
     for index in range(count):
-        first, second = (plain, other) if index % 2 == 0 else (other, plain)
-        times = result.timed(first, device), result.timed(second, device)
-        found.append(times if index % 2 == 0 else times[::-1])
-    ratios = [1e2 * (b / a - 1) for a, b in found]
-    return {
-        "plain_ms": [1e3 * a for a, _ in found],
-        "ms": [1e3 * b for _, b in found],
-        "overhead_percent": result.spread(ratios),
-    }
+        for name in list(works)[:: -1 if index % 2 else 1]:
+            found[name].append(result.timed(works[name], device))
+    return found
+
+
+def above(base: list[float], other: list[float]) -> dict[str, Any]:
+    """By how many percent each round's time lies above the base's."""
+    return result.spread([1e2 * (b / a - 1) for a, b in zip(base, other, strict=True)])
+
+
+def milliseconds(times: list[float]) -> list[float]:
+    return [1e3 * time for time in times]
 
 
 def hooks(bench: Bench, name: str) -> dict:
@@ -140,13 +155,16 @@ def hooks(bench: Bench, name: str) -> dict:
     plan = Plan()
     mesh = init_mesh(plan, device=bench.device)
     same = torch.equal(bench.call(steps), _under(bench, plan, mesh, steps))
-    measured = pairs(
-        lambda: bench.call(steps),
-        lambda: _under(bench, plan, mesh, steps),
-        bench.options.pairs,
-        bench.device,
-    )
-    return {"who": f"hooks/{name}", "calls": 13, "bitwise": same, **measured}
+    works = {"plain": lambda: bench.call(steps), "ours": lambda: _under(bench, plan, mesh, steps)}
+    times = in_turns(works, bench.options.pairs, bench.device)
+    return {
+        "who": f"hooks/{name}",
+        "calls": 13,
+        "bitwise": same,
+        "plain_ms": milliseconds(times["plain"]),
+        "ms": milliseconds(times["ours"]),
+        "overhead_percent": above(times["plain"], times["ours"]),
+    }
 
 
 def _under(bench: Bench, plan: Plan, mesh: Mesh, steps: int) -> Any:
@@ -154,8 +172,25 @@ def _under(bench: Bench, plan: Plan, mesh: Mesh, steps: int) -> Any:
         return bench.call(steps)
 
 
+def free(bench: Bench, steps: int, every: int) -> Any:
+    """The plain run, of whose denoiser calls only the first and every `every`-th take time."""
+    module, calls, kept = bench.pipe.transformer, itertools.count(), []
+    evaluate = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) % every == 0:
+            kept[:] = [evaluate(*args, **kwargs)]
+        return kept[0]
+
+    module.forward = forward
+    try:
+        return bench.call(steps)
+    finally:
+        del module.forward
+
+
 def replay(bench: Bench, name: str, degree: int) -> dict:
-    """The last rank of full windows against a plain run of as many evaluations."""
+    """The last rank of full windows against plain runs of as many evaluations."""
     bench.use(name)
     calls = 1 + (DEPTH - 1) * degree
     windows = Fixed(warmup=1)
@@ -165,20 +200,23 @@ def replay(bench: Bench, name: str, degree: int) -> dict:
     with parallelized(bench.pipe, plan, mesh=mesh) as run:
         bench.call(steps)
     assert run.report.evaluations == DEPTH, run.report.evaluations
-    measured = pairs(
-        lambda: bench.call(fewer),
-        lambda: _under(bench, plan, mesh, steps),
-        bench.options.pairs,
-        bench.device,
-    )
-    extra = [b - a for a, b in zip(measured["plain_ms"], measured["ms"], strict=True)]
-    per_window = statistics.median(extra) / (DEPTH - 1)
+    works = {
+        "plain": lambda: bench.call(fewer),
+        "free": lambda: free(bench, steps, degree),
+        "ours": lambda: _under(bench, plan, mesh, steps),
+    }
+    times = in_turns(works, bench.options.pairs, bench.device)
+    extra = [1e3 * (b - a) for a, b in zip(times["free"], times["ours"], strict=True)]
     return {
         "who": f"replay/{name}/p{degree}",
         "windows": list(run.report.sizes),
         "evaluations": DEPTH,
-        "extra_ms_per_window": per_window,
-        **measured,
+        "extra_ms_per_window": statistics.median(extra) / (DEPTH - 1),
+        "plain_ms": milliseconds(times["plain"]),
+        "free_ms": milliseconds(times["free"]),
+        "ms": milliseconds(times["ours"]),
+        "overhead_percent": above(times["plain"], times["ours"]),
+        "added_percent": above(times["free"], times["ours"]),
     }
 
 
@@ -283,13 +321,10 @@ def cases(bench: Bench) -> Iterator[Callable[[], dict]]:
 def summary(bench: Bench, rows: list[dict], evaluation: dict) -> dict:
     """The numbers that are asked for: worst median overhead, and the curves."""
     found: dict[str, Any] = {"evaluation_ms": 1e3 * evaluation["median"]}
-    for kind in ("hooks", "replay"):
-        medians = {
-            row["who"]: row["overhead_percent"]["median"]
-            for row in rows
-            if row["who"].startswith(kind)
+    for key, (kind, measure) in MEASURES.items():
+        found[key] = {
+            row["who"]: row[measure]["median"] for row in rows if row["who"].startswith(kind)
         }
-        found[f"{kind}_percent"] = medians
     found["over_one"] = {row["who"]: row["over_one"] for row in rows if "over_one" in row}
     counted = [row["recompiles"] for row in rows if row["who"] == "compile"]
     if counted:
@@ -297,12 +332,17 @@ def summary(bench: Bench, rows: list[dict], evaluation: dict) -> dict:
     return found
 
 
+def words(percent: dict[str, Any]) -> str:
+    return f"{percent['median']:+.2f} % ({percent['low']:+.2f} .. {percent['high']:+.2f})"
+
+
 def shown(row: dict) -> str:
     if "overhead_percent" in row:
-        over = row["overhead_percent"]
-        each = row.get("extra_ms_per_window")
-        more = "" if each is None else f", {each:.3f} ms per window"
-        return f"{over['median']:+.2f} % ({over['low']:+.2f} .. {over['high']:+.2f}){more}"
+        more = ""
+        if "added_percent" in row:
+            each = row["extra_ms_per_window"]
+            more = f"; added {words(row['added_percent'])}, {each:.3f} ms per window"
+        return words(row["overhead_percent"]) + more
     if "over_one" in row:
         return "  ".join(f"{key}: {value:.2f}" for key, value in row["over_one"].items())
     return f"recompiles {row['recompiles']}"

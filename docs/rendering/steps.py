@@ -125,12 +125,22 @@ def skipped(result: Result) -> list[str]:
     return table(("not run", "why"), names.items())
 
 
+OVERHEAD = (
+    "what",
+    "percent above as many plain evaluations",
+    "above the plain run whose other evaluations are free",
+    "ms of it per window",
+    "same bits",
+)
+
+
 def overhead(result: Result) -> list[str]:
     """What hooks and replay cost per scheduler, and larger batches."""
     rows = [
         (
             row["who"],
             _signed(row["overhead_percent"]),
+            _signed(row["added_percent"]) if "added_percent" in row else None,
             row.get("extra_ms_per_window"),
             row.get("bitwise"),
         )
@@ -146,7 +156,7 @@ def overhead(result: Result) -> list[str]:
     return [
         f"One evaluation takes {evaluation} s.",
         "",
-        *table(("what", "percent above plain", "ms per window", "same bits"), rows),
+        *table(OVERHEAD, rows),
         *table(("time by batches, of one", *sizes), curves),
         *([] if counted is None else [f"Compilations during parallel runs: {counted}.", ""]),
     ]

@@ -9,12 +9,22 @@ from tests.benchmarks.conftest import check_format
 SMALL = ("--width", "16", "--layers", "1", "--heads", "2", "--batch", "2", "--pairs", "1")
 
 
-def test_pairs_alternate_who_goes_first():
+def test_turns_alternate_who_goes_first():
     order = []
-    steps_overhead.pairs(
-        lambda: order.append("a"), lambda: order.append("b"), 2, torch.device("cpu")
-    )
-    assert order == ["a", "b", "a", "b", "b", "a"]
+    works = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = steps_overhead.in_turns(works, 2, torch.device("cpu"))
+    assert order == [*"abc", *"abc", *"cba"]
+    assert {name: len(each) for name, each in times.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_a_free_run_evaluates_as_often_as_windows(tmp_path):
+    words = ["--out", str(tmp_path / "x.json"), "--dry", *SMALL]
+    bench = steps_overhead.Bench(steps_overhead.parse(words))
+    bench.use("DDIM")
+    evaluated, forward = [], bench.pipe.transformer.forward
+    bench.pipe.transformer.forward = lambda *a, **k: evaluated.append(1) or forward(*a, **k)
+    steps_overhead.free(bench, 9, 4)
+    assert len(evaluated) == 3
 
 
 def test_inputs_are_repeated_and_cut_along_the_batch_only():

@@ -105,9 +105,10 @@ def check_finite(
                     "infinity; use a wider dtype (bfloat16 or float32) or a smaller guidance scale"
                 )
 
-    stacked = torch.stack([prediction.detach() for prediction in predictions]).flatten(1)
+    alone = predictions[0].detach()[None]
+    stacked = alone if len(predictions) == 1 else torch.stack([p.detach() for p in predictions])
     # The largest magnitude is NaN or infinite where any is, and is found in one pass.
-    deferred.check(torch.linalg.vector_norm(stacked, math.inf, dim=1), check)
+    deferred.check(torch.linalg.vector_norm(stacked.flatten(1), math.inf, dim=1), check)
 
 
 def digest(*tensors: Tensor) -> bytes:

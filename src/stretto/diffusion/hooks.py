@@ -8,8 +8,7 @@ what the pipeline passes, after offload and context-parallel hooks were register
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -224,8 +223,8 @@ class Attachment:
             )
         self._refuse()
         self._remembered.trim()
-        arguments = inspect.signature(original).bind(self.pipe, *args, **kwargs).arguments
-        randomness = Randomness(_generators(arguments), own_only=isinstance(self.mesh, LocalMesh))
+        generators = _generators([*args, *kwargs.values()])
+        randomness = Randomness(generators, own_only=isinstance(self.mesh, LocalMesh))
         randomness.adopt(self.mesh)
         self._run = self._new_run(randomness)
         usual_s = self.mesh.timeout_s
@@ -305,10 +304,10 @@ class PipelineSays:
         return bool(getattr(self._pipe, "_interrupt", False))
 
 
-def _generators(arguments: dict[str, Any]) -> list[torch.Generator]:
+def _generators(arguments: Sequence[Any]) -> list[torch.Generator]:
     """Generators among a call's arguments, wherever they are."""
     found = []
-    for value in arguments.values():
+    for value in arguments:
         items = value if isinstance(value, (list, tuple)) else [value]
         found += [item for item in items if isinstance(item, torch.Generator)]
     return list({id(g): g for g in found}.values())

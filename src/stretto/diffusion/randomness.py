@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -55,6 +55,8 @@ class Randomness:
 
     def adopt(self, mesh: Mesh) -> None:
         """Take over rank 0's states, so that all ranks draw the same. Raises RanksDisagree."""
+        if mesh.world_size == 1:
+            return
         kinds = ",".join(g.device.type for g in self._generators) or "default"
         for rank, seen in enumerate(mesh.gather_bytes(kinds.encode())):
             if seen.decode() != kinds:
@@ -62,8 +64,20 @@ class Randomness:
                     f"generators: rank {rank} passed {seen.decode()}, rank {mesh.world_rank} "
                     f"passed {kinds}; pass generators of one kind on every rank"
                 )
-        buffer = io.BytesIO()
-        torch.save(self.snapshot(), buffer)
-        data = mesh.broadcast_bytes(buffer.getvalue())
+        data = mesh.broadcast_bytes(_packed(self.snapshot()))
         if mesh.world_rank:
-            self.restore(torch.load(io.BytesIO(data), weights_only=True))
+            self.restore(_unpacked(data))
+
+
+def _packed(states: Sequence[Tensor]) -> bytes:
+    """States one after another, their number and lengths in front."""
+    head = struct.pack(f"<{1 + len(states)}I", len(states), *map(len, states))
+    return head + b"".join(state.numpy().tobytes() for state in states)
+
+
+def _unpacked(data: bytes) -> list[Tensor]:
+    (count,) = struct.unpack_from("<I", data)
+    lengths = struct.unpack_from(f"<{count}I", data, 4)
+    whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    # Copies: a generator reads a state from where its storage begins.
+    return [part.clone() for part in whole[4 * (1 + count) :].split(lengths)]

@@ -57,8 +57,6 @@ class Mesh(ABC):
         #: What all ranks have found to be the same, so that it need not be compared again.
         self.agreed: set[Hashable] = set()
         self._peers: dict[str | None, list[int]] = {None: list(range(self.world_size))}
-        for axis in axes.NAMES:
-            self._peers[axis] = axes.peers(rank, axis, self.sizes)
 
     @property
     def world_size(self) -> int:
@@ -78,6 +76,8 @@ class Mesh(ABC):
         Raises ConfigError for an axis that no mesh has.
         """
         try:
+            if axis is not None and axis not in self._peers:
+                self._peers[axis] = axes.peers(self.world_rank, axis, self.sizes)
             return self._peers[axis]
         except (KeyError, TypeError):
             raise ConfigError(
