@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,6 +186,26 @@ def test_only_the_newest_two_are_kept(data, mesh, tmp_path):
         subject.step()
         subject.save(tmp_path, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_what_a_run_saves_is_not_removed_for_the_later_steps_of_another(data, mesh, tmp_path):
+    subject = trainer(recipe(data), mesh)
+    for done in (90, 100, 10):
+        subject.done = done
+        saved = subject.save(tmp_path, {})
+        assert checkpoint.opened(Path(saved.path)).step == done
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_is_no_checkpoint_counts_for_none_that_is_kept(data, mesh, tmp_path):
+    subject = trainer(recipe(data), mesh)
+    for done in (1, 2, 4):
+        (tmp_path / "step-00000003").mkdir(exist_ok=True)
+        subject.done = done
+        subject.save(tmp_path, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"step-{step:08d}" for step in (2, 3, 4)
+    ]
 
 
 def test_another_model_is_refused_with_its_keys(data, mesh, tmp_path):

@@ -1,15 +1,18 @@
 """Several ranks train as one does: gradients, losses, resuming on the same plan and on another."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional
 from transformers import LlamaConfig, MistralConfig
 
+from stretto.errors import ConfigError
 from stretto.mesh.local import LocalWorld
 from stretto.plan.model import Plan
 from stretto.plan.options import Context, Data
 from stretto.testing.ranks import run_ranks
-from stretto.train import shards
+from stretto.train import checkpoint, shards
 from stretto.train.job import Job, Rank, attention_bound, build
 from stretto.train.presets import task_of
 from tests.train.make import ADAMW, SGD, recipe, write_text
@@ -168,6 +171,21 @@ def test_a_checkpoint_of_four_ranks_goes_on_with_two(data, tmp_path):
     losses, note = run_ranks(run_job, two.sizes, again, timeout_s=110)[0]
     assert losses == pytest.approx(whole[3:], rel=1e-12)
     assert "not bitwise: plan, ranks changed" in note
+
+
+def save_into(mesh, folder):
+    """What a rank is told where no folder can be made."""
+    with pytest.raises(ConfigError) as error:
+        checkpoint.save(Path(folder), 3, {"x": torch.ones(2)}, {}, mesh)
+    return str(error.value)
+
+
+def test_all_ranks_are_told_that_there_is_no_place_for_a_checkpoint(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    found = run_ranks(save_into, {"fsdp": 2}, str(tmp_path / "file/checkpoints"), timeout_s=60)
+    assert found[0] == found[1]
+    assert "cannot save step 3" in found[0]
+    assert "Not a directory" in found[0]
 
 
 def job_of(given):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stretto.errors import ConfigError
-from stretto.train.text import END, Stream, open_corpus
+from stretto.train.text import END, Document, Stream, open_corpus
 from tests.train.make import write_text
 
 
@@ -144,3 +144,32 @@ def test_a_file_that_shrank_is_noticed(tmp_path):
     corpus.train[0].path.write_text("short")
     with pytest.raises(ConfigError, match="has 5 bytes"):
         Stream(corpus.train, 0).packed(0, 64)
+
+
+def test_a_sequence_reads_its_own_bytes_and_no_whole_file(tmp_path, monkeypatch):
+    """A corpus may be one file that is larger than memory."""
+    text = bytes(i % 251 for i in range(1, 40_001)).replace(b"\0", b" ")
+    (tmp_path / "one.txt").write_bytes(text)
+    corpus = open_corpus(str(tmp_path / "one.txt"))
+    lengths = []
+    read = Document.read
+    monkeypatch.setattr(
+        Document,
+        "read",
+        lambda self, first, last: lengths.append(last - first) or read(self, first, last),
+    )
+    whole = [END, *text[: corpus.train[0].end]]
+    stream = corpus.stream(0)
+    for number in range(4):
+        tokens = stream.packed(number, 64).tokens.tolist()
+        assert any(tokens == whole[i : i + 64] for i in range(0, len(whole), 64))
+    assert max(lengths) <= 65
+    assert sum(lengths) == 4 * 65
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 1), (1, 1), (0, 4), (2, 5), (4, 5)])
+def test_a_part_of_a_document_is_that_part(first, last, tmp_path):
+    (tmp_path / "one.txt").write_bytes(b"-abcd-")
+    found = Document(tmp_path / "one.txt", 1, 5).read(first, last)
+    assert found.dtype == np.int64
+    assert found.tolist() == [END, *b"abcd"][first:last]

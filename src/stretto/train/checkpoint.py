@@ -58,14 +58,21 @@ class Checkpoint:
 
 def newest(folder: Path, *, warn: bool = True) -> Checkpoint | None:
     """The newest complete checkpoint of a folder; incomplete ones are named in a warning."""
-    found = []
-    for path in sorted(folder.glob("step-*")) if folder.is_dir() else ():
-        name = _NAME.fullmatch(path.name)
-        if name and (path / STATE).is_file() and (path / _METADATA).is_file():
-            found.append((int(name[1]), path))
-        elif warn:
-            log.warning("%s is no complete checkpoint and is ignored", path)
+    found = _complete_ones(folder)
+    whole = {path for _, path in found}
+    for path in sorted(set(folder.glob("step-*")) - whole) if warn else ():
+        log.warning("%s is no complete checkpoint and is ignored", path)
     return opened(max(found)[1]) if found else None
+
+
+def _complete_ones(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of what has the name and the files of a complete checkpoint."""
+    names = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("step-*")]
+    return [
+        (int(name[1]), path)
+        for path, name in names
+        if name and (path / STATE).is_file() and (path / _METADATA).is_file()
+    ]
 
 
 def opened(path: Path) -> Checkpoint:
@@ -113,14 +120,15 @@ def save(
     *,
     keep: int = 2,
 ) -> Path:
-    """Write `step-N` and remove all but the newest `keep`; the path. All ranks call it.
+    """Write `step-N` and remove all before it but the newest `keep`; the path. All ranks call it.
 
     Raises ConfigError on every rank (a full disk, no permission); then the checkpoints that were
     there are untouched.
     """
     whole, aside = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
     first = mesh.world_rank == 0
-    problem = _prepare(aside) if first else ""
+    # Told to all before they save together: a rank that stayed away would leave the others there.
+    problem = mesh.broadcast_bytes((_prepare(aside) if first else "").encode()).decode()
     problem = problem or _write(aside, dict(tensors), mesh)
     if first and not problem:
         problem = _complete(aside, whole, {"step": step, **state})
@@ -133,7 +141,7 @@ def save(
             "  to fix: free space there or give another --out; earlier checkpoints are untouched"
         )
     if first:
-        _forget(folder, keep)
+        _forget(folder, step, keep)
     return whole
 
 
@@ -148,7 +156,6 @@ def _prepare(aside: Path) -> str:
 
 def _write(aside: Path, tensors: dict[str, torch.Tensor], mesh: Mesh) -> str:
     """Save this rank's shards, together with all ranks; what went wrong, else ""."""
-    mesh.barrier()
     try:
         with _quiet():
             dcp.save(tensors, checkpoint_id=aside, no_dist=mesh.world_size == 1)
@@ -173,9 +180,13 @@ def _complete(aside: Path, whole: Path, state: dict[str, Any]) -> str:
     return ""
 
 
-def _forget(folder: Path, keep: int) -> None:
-    complete = sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
-    for path in complete[:-keep]:
+def _forget(folder: Path, step: int, keep: int) -> None:
+    """Remove complete checkpoints up to `step`, all but the newest `keep`.
+
+    What is no checkpoint counts for none that is kept, and later steps are another run's.
+    """
+    done = sorted(each for each in _complete_ones(folder) if each[0] <= step)
+    for _, path in done[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -239,7 +250,7 @@ def _compare(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, torch.Te
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Parameters, buffers and optimizer state by name, sharing memory with what is trained.
+    """Parameters and optimizer state by name, sharing memory with what is trained.
 
     The optimizer's state must exist: it does after a step, or after `begin_state`.
     """

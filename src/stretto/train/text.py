@@ -7,6 +7,7 @@ which place of the stream is a function of the seed alone, so a step number is a
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,24 +43,27 @@ class Document:
         """Its bytes and the END before them."""
         return self.end - self.begin + 1
 
-    def read(self) -> np.ndarray:
-        """(tokens,) int64. Raises ConfigError when the file has become shorter or is gone."""
+    def read(self, first: int, last: int) -> np.ndarray:
+        """(last - first,) int64: its tokens `first` to `last`; of the file only their bytes.
+
+        Raises ConfigError when the file has become shorter or is gone.
+        """
+        begin, end = self.begin + max(first - 1, 0), self.begin + last - 1
         try:
             with self.path.open("rb") as file:
-                file.seek(self.begin)
-                content = file.read(self.end - self.begin)
+                size = os.fstat(file.fileno()).st_size
+                file.seek(begin)
+                content = file.read(max(end - begin, 0))
         except OSError as error:
             raise ConfigError(f"cannot read {self.path}: {error.strerror}") from None
-        if len(content) != self.end - self.begin:
+        if size < self.end:
             raise ConfigError(
-                f"{self.path} has {self.begin + len(content)} bytes, and had {self.end} when "
+                f"{self.path} has {size} bytes, and had {self.end} when "
                 "training began: the order of the data would change\n"
                 "  to fix: train on files that nothing else writes"
             )
-        found = np.empty(self.tokens, dtype=np.int64)
-        found[0] = END
-        found[1:] = np.frombuffer(content, dtype=np.uint8)
-        return found
+        opening = np.full(int(first == 0 < last), END, dtype=np.int64)
+        return np.concatenate([opening, np.frombuffer(content, dtype=np.uint8)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,7 @@ class Stream:
         #: Tokens of one epoch.
         self.tokens = int(self._lengths.sum())
         self._laid: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._dealt: tuple[int, int, np.ndarray] | None = None
 
     def packed(self, number: int, tokens: int, count: int = 1) -> Packed:
         """Sequences `number` to `number + count`, of `tokens` each, laid end to end.
@@ -114,8 +119,14 @@ class Stream:
         """(tokens + 1,): a sequence and the token after it."""
         each = max(1, self.tokens // tokens)
         epoch, turn = divmod(number, each)
-        place = int(self._shuffled(each, 2 * epoch + 1)[turn])
+        place = int(self._places(epoch, each)[turn])
         return self._slice(epoch, place * tokens, (place + 1) * tokens + 1)
+
+    def _places(self, epoch: int, each: int) -> np.ndarray:
+        """Which of the `each` sequences of an epoch comes when."""
+        if self._dealt is None or self._dealt[:2] != (epoch, each):
+            self._dealt = (epoch, each, self._shuffled(each, 2 * epoch + 1))
+        return self._dealt[2]
 
     def _slice(self, epoch: int, begin: int, end: int) -> np.ndarray:
         """Tokens `begin` to `end` of an epoch, which starts over where it ends."""
@@ -131,9 +142,12 @@ class Stream:
         order, ends = self._order(epoch)
         first = int(np.searchsorted(ends, begin, side="right"))
         last = int(np.searchsorted(ends, end, side="left"))
-        parts = [self.documents[index].read() for index in order[first : last + 1]]
-        offset = int(ends[first] - self._lengths[order[first]])
-        return np.concatenate(parts)[begin - offset : end - offset]
+        parts = []
+        for index, stop in zip(order[first : last + 1], ends[first : last + 1], strict=True):
+            start = int(stop - self._lengths[index])
+            inside = max(begin - start, 0), min(end, int(stop)) - start
+            parts.append(self.documents[index].read(*inside))
+        return np.concatenate(parts)
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents of an epoch in order, and where in the epoch each ends."""
