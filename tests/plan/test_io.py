@@ -34,12 +34,13 @@ KINDS = "parastep, tail, fixed, listed, calibrated, adaptive"
 counts = st.integers(1, 64)
 maybe = st.none() | counts
 fractions = st.lists(st.floats(0, 1), max_size=4).map(tuple)
+sizes = st.lists(counts, min_size=1).map(tuple)
 windows = st.one_of(
     st.builds(Parastep, warmup=maybe),
     st.builds(Tail, depth=maybe),
     st.builds(Fixed, warmup=counts, cooldown=counts),
-    st.builds(Listed, sizes=st.lists(counts).map(tuple), damping=fractions, grid=fractions),
-    st.builds(Calibrated, file=st.text(), depth=maybe),
+    st.builds(Listed, sizes=sizes, damping=fractions, grid=fractions),
+    st.builds(Calibrated, file=st.text(min_size=1), depth=maybe),
     st.builds(Adaptive, tolerance=st.floats(0, 1)),
 )
 steps = st.builds(

@@ -6,6 +6,7 @@ import typing
 import pytest
 
 from stretto.errors import PlanMismatch
+from stretto.plan.model import Plan
 from stretto.plan.options import (
     HEADER_BYTES,
     Adaptive,
@@ -121,6 +122,42 @@ def test_a_degree_is_at_least_one(make, degree):
 def test_a_field_of_another_type_is_refused(fields, words):
     with pytest.raises(PlanMismatch, match=words):
         Steps(degree=2, **fields)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("make", "fields", "words"),
+    [
+        (Parastep, {"warmup": 0}, "parastep: warmup=0: expected a whole number, at least 1"),
+        (Parastep, {"warmup": True}, "warmup=True"),
+        (Tail, {"depth": -1}, "tail: depth=-1: expected a whole number, at least 1"),
+        (Tail, {"depth": 2.5}, "depth=2.5"),
+        (Fixed, {"warmup": -3}, "fixed: warmup=-3: expected a whole number, at least 1"),
+        (Fixed, {"cooldown": -1}, "fixed: cooldown=-1: expected a whole number, at least 0"),
+        (Listed, {"sizes": ()}, "expected window sizes"),
+        (Listed, {"sizes": 4}, "sizes=4: expected window sizes"),
+        (Listed, {"sizes": (1, 0, 3)}, r"sizes\[1\]=0: expected a whole number, at least 1"),
+        (Listed, {"sizes": (1, 2), "damping": (0.5, NAN)}, r"damping\[1\]=nan: .* from 0 to 1"),
+        (Listed, {"sizes": (1, 2), "damping": 0.5}, "damping=0.5 is a float; expected a tuple"),
+        (Listed, {"sizes": (1, 2), "grid": (1.5, 0.5, 0.0)}, r"grid\[0\]=1.5: .* from 0 to 1"),
+        (Calibrated, {"file": ""}, "file='': expected the path of a file"),
+        (Calibrated, {"file": "x.yaml", "depth": 0}, "calibrated: depth=0"),
+        (Adaptive, {"tolerance": NAN}, "tolerance=nan: expected a finite number, at least 0"),
+        (Adaptive, {"tolerance": -0.1}, "tolerance=-0.1"),
+        (Adaptive, {"tolerance": float("inf")}, "tolerance=inf"),
+    ],
+)
+def test_windows_without_sense_are_refused_when_built(make, fields, words):
+    with pytest.raises(PlanMismatch, match=words):
+        make(**fields)
+
+
+def test_a_plan_from_plain_data_says_which_window_is_wrong():
+    windows = {"kind": "fixed", "warmup": -3}
+    with pytest.raises(PlanMismatch, match=r"step.windows.*fixed: warmup=-3"):
+        Plan(step={"degree": 2, "windows": windows})
 
 
 def test_the_published_schedule_brings_its_predictor():

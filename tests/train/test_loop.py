@@ -284,7 +284,7 @@ def test_a_device_that_nobody_trains_on_is_refused_before_ranks_start(name):
 
 
 def test_a_device_that_is_not_here_is_refused(data, tmp_path):
-    with pytest.raises(ConfigError, match=r"device 'cuda:99': .* finds \d+ GPU"):
+    with pytest.raises(ConfigError, match=r"device cuda:99: this process sees \d+ CUDA"):
         run(silent, job(recipe(data), tmp_path / "out", device="cuda:99"))
     assert not (tmp_path / "out").exists()
 
@@ -322,6 +322,20 @@ def test_event_kinds_of_a_job(data, tmp_path):
     }
     assert outcome.tokens_per_second > 0
     assert outcome.mfu(1) > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"save": -1}, "save=-1: a number of steps, at least 0"),
+        ({"validate": 0.5}, "validate=0.5"),
+        ({"until": 0}, "until=0: a number of steps, at least 1"),
+        ({"recipe": None}, "recipe=None is a NoneType, no Recipe"),
+    ],
+)
+def test_a_job_without_sense_is_refused(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        Job(**({"recipe": recipe(None), "plan": Plan(kind="train")} | fields))
 
 
 def test_a_job_of_no_plan_is_refused():

@@ -192,3 +192,20 @@ def test_what_cannot_be_trained_is_refused(fields, message):
 def test_a_descent_of_no_numbers_is_refused(name, value):
     with pytest.raises(ConfigError, match="all of them finite"):
         Descent(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"final": -1.0}, "final -1.0: the part of the rate"),
+        ({"final": float("nan")}, "final nan"),
+        ({"warmup": 1.5}, "warmup 1.5: it counts steps"),
+        ({"warmup": True}, "warmup True"),
+        ({"betas": (0.9, 1.0)}, r"betas \(0.9, 1.0\): two numbers"),
+        ({"betas": (0.9,)}, "betas"),
+        ({"betas": (-0.1, 0.9)}, "betas"),
+    ],
+)
+def test_a_descent_without_sense_is_refused(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        Descent(**fields)

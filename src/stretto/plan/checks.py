@@ -18,6 +18,22 @@ def check_degree(axis: str, degree: int) -> None:
         raise PlanMismatch(f"{axis}={degree}: a degree counts ranks and is at least 1")
 
 
+def check_count(what: str, value: object, least: int = 1) -> None:
+    """Raise PlanMismatch unless `value` is a whole number and at least `least`."""
+    if not is_whole(value) or value < least:
+        raise PlanMismatch(f"{what}={value!r}: expected a whole number, at least {least}")
+
+
+def check_shares(what: str, values: object) -> None:
+    """Raise PlanMismatch, with its place, for a number outside [0, 1]; NaN is outside too."""
+    if not isinstance(values, tuple | list):
+        raise PlanMismatch(f"{what}={values!r} is a {type(values).__name__}; expected a tuple")
+    for place, value in enumerate(values):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value <= 1:
+            raise PlanMismatch(f"{what}[{place}]={value!r}: expected a number from 0 to 1")
+
+
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether a value is an integer; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)

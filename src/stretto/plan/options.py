@@ -6,11 +6,19 @@ Every axis option has `degree`, `short()` for people and `wire(case)`, the exact
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from stretto.errors import PlanMismatch
-from stretto.plan.checks import FORBID, check_choice, check_degree, check_flag
+from stretto.plan.checks import (
+    FORBID,
+    check_choice,
+    check_count,
+    check_degree,
+    check_flag,
+    check_shares,
+)
 from stretto.plan.context import (
     AttentionCase,
     Context,
@@ -60,13 +68,17 @@ HEADER_BYTES = 256
 class Parastep:
     """The published schedule: `warmup` exact steps first, then windows of `degree`.
 
-    `warmup` None is min(5, max(1, steps // 4)). Implies the predictor `own`.
+    `warmup` None is min(5, max(1, steps // 4)). Implies the predictor `own`. Raises PlanMismatch.
     Source: ParaStep, NeurIPS 2025, section 3.
     """
 
     __pydantic_config__ = FORBID
     kind: Literal["parastep"] = "parastep"
     warmup: int | None = None
+
+    def __post_init__(self):
+        if self.warmup is not None:
+            check_count("parastep: warmup", self.warmup)
 
     def short(self) -> str:
         return "parastep" if self.warmup is None else f"parastep w{self.warmup}"
@@ -77,12 +89,16 @@ class Tail:
     """Exact steps where the noise is low, chosen by a dynamic programme over the noise grid.
 
     `depth` is the number of sequential denoiser evaluations; None is that of `Parastep()`, so
-    that both can be compared at equal cost. Needs no calibration.
+    that both can be compared at equal cost. Needs no calibration. Raises PlanMismatch.
     """
 
     __pydantic_config__ = FORBID
     kind: Literal["tail"] = "tail"
     depth: int | None = None
+
+    def __post_init__(self):
+        if self.depth is not None:
+            check_count("tail: depth", self.depth)
 
     def short(self) -> str:
         return "tail" if self.depth is None else f"tail d{self.depth}"
@@ -90,12 +106,19 @@ class Tail:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fixed:
-    """`warmup` exact steps, windows of `degree`, `cooldown` exact steps."""
+    """`warmup` exact steps (at least 1), windows of `degree`, `cooldown` exact steps (0 or more).
+
+    Raises PlanMismatch.
+    """
 
     __pydantic_config__ = FORBID
     kind: Literal["fixed"] = "fixed"
     warmup: int = 1
     cooldown: int = 0
+
+    def __post_init__(self):
+        check_count("fixed: warmup", self.warmup)
+        check_count("fixed: cooldown", self.cooldown, least=0)
 
     def short(self) -> str:
         return f"fixed w{self.warmup} c{self.cooldown}"
@@ -106,7 +129,8 @@ class Listed:
     """Window sizes written out; they sum to the number of steps and start with 1.
 
     `damping[h-1]` in [0, 1] is the damping of the prediction h steps ahead, empty to fit it online.
-    `grid`: noise fractions s_0 .. s_N that the sizes were made for, empty for any grid.
+    `grid`: noise fractions s_0 .. s_N that the sizes were made for, empty for any grid. Raises
+    PlanMismatch for sizes below 1 and for numbers outside [0, 1].
     """
 
     __pydantic_config__ = FORBID
@@ -114,6 +138,14 @@ class Listed:
     sizes: tuple[int, ...]
     damping: tuple[float, ...] = ()
     grid: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if not isinstance(self.sizes, tuple | list) or not self.sizes:
+            raise PlanMismatch(f"listed: sizes={self.sizes!r}: expected window sizes, as in (1, 4)")
+        for place, size in enumerate(self.sizes):
+            check_count(f"listed: sizes[{place}]", size)
+        check_shares("listed: damping", self.damping)
+        check_shares("listed: grid", self.grid)
 
     def short(self) -> str:
         return "listed " + " ".join(map(str, self.sizes))
@@ -123,13 +155,19 @@ class Listed:
 class Calibrated:
     """Windows and damping from a file written by `stretto generate calibrate`.
 
-    `depth` None takes the file's entry for the depth of `Parastep()`.
+    `depth` None takes the file's entry for the depth of `Parastep()`. Raises PlanMismatch.
     """
 
     __pydantic_config__ = FORBID
     kind: Literal["calibrated"] = "calibrated"
     file: str
     depth: int | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.file, str) or not self.file:
+            raise PlanMismatch(f"calibrated: file={self.file!r}: expected the path of a file")
+        if self.depth is not None:
+            check_count("calibrated: depth", self.depth)
 
     def short(self) -> str:
         return "calibrated" if self.depth is None else f"calibrated d{self.depth}"
@@ -140,12 +178,19 @@ class Adaptive:
     """Windows that grow while the last measured guess error stays under `tolerance`.
 
     `tolerance` is rms(true latent - guessed latent) / rms(true latent). Never a default: a
-    tolerance does not transfer between noise grids.
+    tolerance does not transfer between noise grids. Raises PlanMismatch.
     """
 
     __pydantic_config__ = FORBID
     kind: Literal["adaptive"] = "adaptive"
     tolerance: float = 0.02
+
+    def __post_init__(self):
+        number = isinstance(self.tolerance, int | float) and not isinstance(self.tolerance, bool)
+        if not number or not 0 <= self.tolerance < math.inf:
+            raise PlanMismatch(
+                f"adaptive: tolerance={self.tolerance!r}: expected a finite number, at least 0"
+            )
 
     def short(self) -> str:
         return f"adaptive {self.tolerance:g}"

@@ -23,6 +23,7 @@ from stretto.mesh.engine import torch_mesh
 from stretto.mesh.join import init_mesh
 from stretto.mesh.launch import Tell
 from stretto.mesh.mesh import Mesh
+from stretto.plan.checks import is_whole
 from stretto.plan.model import Plan
 from stretto.train import checkpoint, shards
 from stretto.train.events import Began, Event, Saved, Stepped, Validated, line
@@ -51,7 +52,8 @@ class Job:
 
     `validate`, `save`: every how many steps, 0 for at the end only. `resume`: continue after the
     newest complete checkpoint in `out`, if there is one. `until`: stop after that step, as if
-    interrupted.
+    interrupted. `timeout_s`: seconds that a wait for a peer may last.
+    Raises PlanMismatch, ConfigError.
     """
 
     recipe: Recipe
@@ -67,6 +69,14 @@ class Job:
     def __post_init__(self) -> None:
         check_plan(self.plan)
         check_device(self.device)
+        if not isinstance(self.recipe, Recipe):
+            raise ConfigError(
+                f"recipe={self.recipe!r} is a {type(self.recipe).__name__}, no Recipe"
+            )
+        for name, least in (("validate", 0), ("save", 0), ("until", 1)):
+            value = getattr(self, name)
+            if not (name == "until" and value is None) and not (is_whole(value) and value >= least):
+                raise ConfigError(f"{name}={value!r}: a number of steps, at least {least}")
 
 
 def check_plan(plan: Plan) -> None:
@@ -96,26 +106,22 @@ def check_plan(plan: Plan) -> None:
         )
 
 
-def check_device(name: str | None, *, here: bool = False) -> None:
-    """Raise ConfigError for a device that no rank trains on; with `here`, that this machine lacks.
+def check_device(name: str | None) -> None:
+    """Raise ConfigError for a device that no rank trains on.
 
-    Only a rank asks the machine, since that may start CUDA in the process.
+    Whether this machine has it is asked by a rank's `init_mesh`: that may start CUDA in the
+    process.
     """
     if name is None:
         return
-    fix = "  to fix: --device cpu or cuda, or leave it out: a GPU per rank where there is one"
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         device = None
     if device is None or device.type not in _PEAK_SIDE:
-        raise ConfigError(f"device {name!r}: ranks train on cpu or cuda\n{fix}")
-    if not here or device.type == "cpu":
-        return
-    count = torch.cuda.device_count()
-    if (device.index or 0) >= count:
         raise ConfigError(
-            f"device {name!r}: torch {torch.__version__} finds {count} GPU(s) here\n{fix}"
+            f"device {name!r}: ranks train on cpu or cuda\n"
+            "  to fix: --device cpu or cuda, or leave it out: a GPU per rank where there is one"
         )
 
 
@@ -157,7 +163,6 @@ def run(tell: Tell, job: Job) -> Outcome:
 
 def on_mesh(job: Job, work: Callable[[Mesh], Outcome]) -> Outcome:
     """What `work` makes of the job's mesh, its errors told to the peers and theirs completed."""
-    check_device(job.device, here=True)
     started_alone = job.plan.world_size == 1 and "RANK" not in os.environ
     with own_group(job) if started_alone else contextlib.nullcontext():
         mesh = init_mesh(job.plan, device=job.device, timeout_s=job.timeout_s)

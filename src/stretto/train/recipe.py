@@ -20,7 +20,8 @@ class Descent:
     """How weights follow gradients: the optimizer, its schedule and clipping.
 
     The rate rises linearly over `warmup` steps, then falls along a cosine to `final` of itself at
-    the last step. `clip`: largest norm of all gradients together, 0 for no clipping.
+    the last step. `clip`: largest norm of all gradients together, 0 for no clipping. Raises
+    ConfigError.
     """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -42,6 +43,22 @@ class Descent:
                 "  why: weights would not move, grow without end, or be no numbers\n"
                 "  to fix: as in --rate 1e-3 --warmup 20 --weight-decay 0.1 --clip 1; --clip 0 is "
                 "no clipping"
+            )
+        if not _whole(self.warmup):
+            raise ConfigError(f"warmup {self.warmup!r}: it counts steps, as in --warmup 20")
+        if not (_counts(self.final) and self.final <= 1):
+            raise ConfigError(
+                f"final {self.final!r}: the part of the rate that is left at the last step, 0 to 1"
+            )
+        self._check_betas()
+
+    def _check_betas(self) -> None:
+        """Raise ConfigError for what Adam's two means cannot be kept with."""
+        two = isinstance(self.betas, tuple | list) and len(self.betas) == 2
+        if not two or not all(_counts(beta) and beta < 1 for beta in self.betas):
+            raise ConfigError(
+                f"betas {self.betas!r}: two numbers, each at least 0 and below 1\n"
+                "  why: they are what is kept of Adam's two means at every step"
             )
 
 
@@ -112,7 +129,8 @@ def _whole(value: Any) -> bool:
 
 
 def _counts(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0 <= value < math.inf
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 <= value < math.inf
 
 
 def _known(what: str, value: str, known: tuple[str, ...]) -> None:
