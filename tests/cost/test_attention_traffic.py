@@ -6,9 +6,10 @@ from stretto.cluster.model import Cluster
 from stretto.cost.attention_bytes import terms, total
 from stretto.cost.train import call_of, estimate
 from stretto.cost.train_words import bytes_of, outline, render, without_cluster
+from stretto.errors import PlanMismatch
 from stretto.plan.context import named_points
 from stretto.plan.model import Plan
-from stretto.plan.options import Context, Ring, Tile
+from stretto.plan.options import Context, Data, Ring, Tile
 from stretto.workload.arch import Arch
 from stretto.workload.train import Training
 from tests.search.test_attention import two_level
@@ -40,6 +41,46 @@ def test_lines_sum_to_ranks_links_and_closed_forms():
         assert priced.sent_bytes == closed * priced.calls
         if "startrail" not in name:  # some ranks keep their placed keys: fewer than the formula
             assert priced.link_bytes == {k: n * priced.calls for k, n in found.links.items()}, name
+
+
+def test_a_micro_batch_is_one_attention_of_its_sequences():
+    """As many bytes and FLOP in fewer calls, and the memory of all its sequences at once."""
+    job, cluster = training(sequences=8), two_level(2, 4)
+    context = Context(ring=4, schedule=Ring(prune=False))
+    one, four = (
+        Plan(kind="train", dp=Data(shard=2, micro_batch=size), cp=context) for size in (1, 4)
+    )
+    single, found = estimate(job, cluster, one), estimate(job, cluster, four)
+    assert (single.calls, found.calls) == (2 * 8 // 2, 2 * 8 // (2 * 4))
+    assert found.sent_bytes == single.sent_bytes
+    assert found.link_bytes == single.link_bytes
+    for name in ("saved", "column", "logits"):
+        assert getattr(found.memory, name) == 4 * getattr(single.memory, name), name
+    for name in ("states", "weights"):
+        assert getattr(found.memory, name) == getattr(single.memory, name), name
+    assert found.forward.kernels == pytest.approx(4 * single.forward.kernels)
+    exact = bytes_of(job, four, cluster)
+    assert max(exact.per_rank) * found.calls == found.sent_bytes
+    assert f"whole step, {found.calls} attentions" in without_cluster(job, four)
+
+
+def test_micro_batches_divide_the_sequences_of_a_data_rank():
+    plan = Plan(kind="train", dp=Data(shard=2, micro_batch=3))
+    with pytest.raises(PlanMismatch, match=r"of 3 do not divide the 4 sequences[\s\S]*1, 2, 4"):
+        estimate(training(sequences=8), two_level(2, 4), plan)
+
+
+def test_axes_of_a_generation_have_no_price_in_a_training():
+    plan = Plan(kind="train", step=2, dp=2)
+    with pytest.raises(PlanMismatch, match="step 2 of a training"):
+        estimate(training(sequences=2), two_level(2, 4), plan)
+
+
+def test_copies_of_the_weights_are_held_by_fewer_ranks_each():
+    job, cluster = training(sequences=8), two_level(2, 4)
+    shards = estimate(job, cluster, Plan(kind="train", dp=Data(shard=8)))
+    copies = estimate(job, cluster, Plan(kind="train", dp=Data(replicate=2, shard=4)))
+    assert copies.memory.states == pytest.approx(2 * shards.memory.states, rel=1e-6)
 
 
 def test_a_flat_ring_crosses_nodes_at_one_rank_of_each():

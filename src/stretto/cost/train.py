@@ -19,6 +19,7 @@ from stretto.cost.attention_links import Fabric, fabric_of, load_of
 from stretto.cost.attention_memory import Memory, memory_of
 from stretto.cost.attention_work import step_pairs
 from stretto.errors import PlanMismatch
+from stretto.plan.checks import divisors
 from stretto.plan.context import Context, settled
 from stretto.plan.model import Plan
 from stretto.plan.ranges import Mask
@@ -32,7 +33,8 @@ class TrainEstimate:
     """What one optimizer step under a plan is expected to cost. Never more than a projection.
 
     `phases`: seconds by phase. `interval`: with all messages hidden under kernels, and with none.
-    `forward`, `backward`: one attention of one layer. `sent_bytes`: attention's, by the rank that
+    `forward`, `backward`: one attention of one layer, of a micro-batch. `calls`: how many of them
+    a rank makes each way. `sent_bytes`: attention's, by the rank that
     sends most, whole step; `link_bytes`: of all ranks, by link class. `interface_bytes`: through
     the busiest network interface. `room`: memory that the smallest device allows.
     """
@@ -97,11 +99,16 @@ def bound(training: Training, context: Context) -> Context:
     return settled(context, causal=training.arch.causal, documents=training.documents)
 
 
-def call_of(training: Training, context: Context) -> Call:
-    """One attention of one sequence; where ranks do not divide it, that of the longest shard."""
+def call_of(training: Training, context: Context, micro_batch: int = 1) -> Call:
+    """One attention of `micro_batch` sequences; of uneven shards, of the longest."""
     arch, rows = training.arch, -(-training.tokens // context.degree)
     heads = (arch.heads, arch.kv_heads, arch.head_dim)
-    return Call(1, rows, rows, *heads, training.item_bytes, training.scalar_bytes)
+    return Call(micro_batch, rows, rows, *heads, training.item_bytes, training.scalar_bytes)
+
+
+def calls_of(training: Training, plan: Plan) -> int:
+    """Attention calls of a rank in one step: a call takes all sequences of a micro-batch."""
+    return training.arch.layers * training.sequences // (plan.dp.degree * plan.dp.micro_batch)
 
 
 def estimate(training: Training, cluster: Cluster, plan: Plan) -> TrainEstimate:
@@ -115,9 +122,9 @@ def estimate(training: Training, cluster: Cluster, plan: Plan) -> TrainEstimate:
     context, sizes = plan.cp, plan.sizes
     used = cluster.first(plan.world_size)
     fabric = fabric_of(used)
-    call = call_of(training, context)
-    calls = training.arch.layers * training.sequences // plan.dp.degree
-    passes = [_slowest_pass(training, used, context, sizes, back=back) for back in (False, True)]
+    call = call_of(training, context, plan.dp.micro_batch)
+    calls = calls_of(training, plan)
+    passes = [_slowest_pass(training, used, plan, call, back=back) for back in (False, True)]
     layers = _layer_seconds(training, used)
     phases = [calls * each.seconds for each in passes]
     rooms = [used.device(rank).memory for rank in range(used.size)]
@@ -135,7 +142,7 @@ def estimate(training: Training, cluster: Cluster, plan: Plan) -> TrainEstimate:
         sent_bytes=calls * bytes_of.sent,
         link_bytes={name: calls * count for name, count in bytes_of.links.items()},
         interface_bytes=calls * bytes_of.interface,
-        memory=memory_of(training, context, call, plan.world_size),
+        memory=memory_of(training, context, call, plan.world_size // plan.dp.replicate),
         room=int(training.limits.memory_fraction * min(rooms)),
     )
 
@@ -148,20 +155,33 @@ def check(training: Training, cluster: Cluster, plan: Plan) -> None:
             "  why: each rank has a device of its own\n"
             f"  to fix: degrees whose product is at most {cluster.size}"
         )
+    alone = [f"{axis} {plan.sizes[axis]}" for axis in ("step", "cfg") if plan.sizes[axis] > 1]
+    if alone:
+        raise PlanMismatch(
+            f"{plan}: {', '.join(alone)} of a training\n"
+            "  why: that axis splits a generation; its ranks would repeat one another's work\n"
+            "  to fix: leave it out, or let dp or cp have these ranks"
+        )
     if training.sequences % plan.dp.degree:
         legal = [n for n in range(1, training.sequences + 1) if training.sequences % n == 0]
         raise PlanMismatch(
             f"dp of {plan.dp.degree} does not divide the {training.sequences} sequences of a step\n"
             f"  to fix: one of {', '.join(map(str, legal))}"
         )
+    each = training.sequences // plan.dp.degree
+    if each % plan.dp.micro_batch:
+        legal = ", ".join(map(str, divisors(each)))
+        raise PlanMismatch(
+            f"micro-batches of {plan.dp.micro_batch} do not divide the {each} sequences of each of "
+            f"{plan.dp.degree} data rank(s)\n"
+            f"  to fix: one of {legal}"
+        )
     plan.cp.check_heads(training.arch.heads, training.arch.kv_heads)
 
 
-def _slowest_pass(
-    training: Training, used: Cluster, context: Context, sizes: Mapping[str, int], *, back: bool
-) -> Pass:
+def _slowest_pass(training: Training, used: Cluster, plan: Plan, call: Call, *, back: bool) -> Pass:
     """One attention on the device kind on which it takes longest."""
-    call = call_of(training, context)
+    context, sizes = plan.cp, plan.sizes
     pairs = step_pairs(bound(training, context), training.tokens, mask_of(training))
     found = []
     for name in sorted({kind for _, kind in used.places}):

@@ -7,7 +7,7 @@ from stretto.cost.attention import Pass
 from stretto.cost.attention_bytes import Call, by_phase, terms
 from stretto.cost.attention_links import fabric_of
 from stretto.cost.attention_traffic import Ledger, Line, ledger
-from stretto.cost.train import PHASES, TrainEstimate, bound, mask_of
+from stretto.cost.train import PHASES, TrainEstimate, bound, calls_of, mask_of
 from stretto.plan.model import Plan
 from stretto.plan.options import AttentionCase, Context
 from stretto.quantities import short
@@ -20,12 +20,13 @@ _WEIGHTS = (
 )
 
 
-def case_of(training: Training, context: Context) -> AttentionCase:
-    """One attention of one sequence of the job, seen from rank 0."""
+def case_of(training: Training, context: Context, micro_batch: int = 1) -> AttentionCase:
+    """One attention of `micro_batch` sequences of the job, seen from rank 0."""
     arch = training.arch
     return AttentionCase.of(
         bound(training, context),
         tokens=training.tokens,
+        batch=micro_batch,
         heads=(arch.heads, arch.kv_heads),
         head_dim=arch.head_dim,
         item_bytes=training.item_bytes,
@@ -36,7 +37,7 @@ def case_of(training: Training, context: Context) -> AttentionCase:
 def bytes_of(training: Training, plan: Plan, cluster: Cluster | None = None) -> Ledger:
     """Exact bytes of one attention; without a cluster as if all ranks shared a node."""
     nodes = fabric_of(cluster).nodes if cluster else (0,) * plan.world_size
-    return ledger(plan, case_of(training, plan.cp), nodes)
+    return ledger(plan, case_of(training, plan.cp, plan.dp.micro_batch), nodes)
 
 
 def render(found: TrainEstimate, training: Training, cluster: Cluster) -> str:
@@ -60,7 +61,7 @@ def render(found: TrainEstimate, training: Training, cluster: Cluster) -> str:
 
 def without_cluster(training: Training, plan: Plan) -> str:
     """Phases and exact bytes of a plan for a job, where no cluster says what they cost."""
-    calls = training.arch.layers * training.sequences // plan.dp.degree
+    calls = calls_of(training, plan)
     found = bytes_of(training, plan)
     shape = f"{training.model}, {training.sequences} x {training.tokens} tokens, {training.dtype}"
     peak = f"  peak of the column: {found.peak_blocks:.4g} blocks beside inputs and outputs"

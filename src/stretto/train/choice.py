@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from stretto.cluster.model import Cluster
-from stretto.errors import PlanMismatch
+from stretto.errors import ConfigError, PlanMismatch
 from stretto.plan.model import Origin
 from stretto.plan.options import Context
 from stretto.search.attention import TrainRanking, rank_plans
@@ -24,7 +24,10 @@ _RATES = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
 def best_context(
     recipe: Recipe, ranks: int, fsdp: int, cluster: str | os.PathLike[str] | None = None
 ) -> tuple[Context, Origin]:
-    """The attention plan for `ranks` ranks beside `fsdp` groups, and where it came from."""
+    """The attention plan for `ranks` ranks beside `fsdp` groups, and where it came from.
+
+    Raises PlanMismatch where none is legal and fits; and as `ranked` does.
+    """
     ranking = ranked(recipe, ranks * fsdp, cluster)
     fitting = [choice for choice in ranking.choices if choice.plan.dp.degree == fsdp]
     if not fitting:
@@ -47,11 +50,16 @@ def ranked(
     """
     fields: dict[str, Any] = {"sequences": recipe.sequences, "dtype": _RATES[recipe.dtype]}
     fields["window"] = recipe.window
-    training = Training.of(
-        arch_of(recipe), recipe.tokens, recompute=recipe.recompute, state_bytes=16, **fields
-    )
+    fields |= {"recompute": recipe.recompute, "state_bytes": state_bytes(recipe)}
+    training = Training.of(arch_of(recipe), recipe.tokens, **fields)
     machine = Cluster.read("cpu-x2") if cluster is None else Cluster.read(cluster)
     return rank_plans(training, _of_size(machine, ranks), ranks=ranks)
+
+
+def state_bytes(recipe: Recipe) -> int:
+    """Bytes per parameter of what a step changes: weight, gradient, and AdamW's two moments."""
+    moments = {"adamw": 2, "sgd": 0}[recipe.descent.optimizer]
+    return (2 + moments) * (8 if recipe.dtype == "float64" else 4)
 
 
 def arch_of(recipe: Recipe) -> Arch | str:
@@ -71,10 +79,20 @@ def arch_of(recipe: Recipe) -> Arch | str:
 
 
 def _of_size(cluster: Cluster, ranks: int) -> Cluster:
-    """A cluster of one node with more devices like its own, where it is too small."""
+    """A cluster of one node with more devices like its own, where it is too small.
+
+    Raises ConfigError for one device: nothing says what two of them would talk over.
+    """
     if cluster.size >= ranks or len(cluster.nodes) > 1:
         return cluster
     (node,) = cluster.nodes
+    if not any(link.within == node.name for link in cluster.links):
+        raise ConfigError(
+            f"{cluster.name} has {cluster.size} device and no link within {node.name}, the run has "
+            f"{ranks} ranks\n"
+            "  why: the plan depends on what ranks talk over\n"
+            "  to fix: a cluster with such a link, --cp with a plan by name, or one rank"
+        )
     grown = node.model_copy(update={"devices": (node.devices[0], ranks)})
     name = f"{ranks} devices like those of {cluster.name}"
     return cluster.model_copy(update={"nodes": (grown,), "name": name})
