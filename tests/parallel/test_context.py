@@ -6,7 +6,8 @@ import torch
 from stretto.errors import ShapeError
 from stretto.mesh.local import LocalWorld
 from stretto.ops.attention.layout import row_positions
-from stretto.parallel.context import Attention, own_rows, visible
+from stretto.parallel import context
+from stretto.parallel.context import Attention, Binding, own_rows, visible
 from stretto.plan.context import Context
 from stretto.plan.ranges import Mask, packed
 
@@ -38,6 +39,48 @@ def test_masks_are_those_of_explicit_softmax(causal, window):
     assert torch.equal(visible(6, 6, causal, window), seen)
     out = Attention()(q, k, v, causal=causal, window=window, scale=0.3)
     torch.testing.assert_close(out, by_hand(q, k, v, seen, 0.3), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [1, 3, 5, 40])
+@pytest.mark.parametrize(("queries", "offset"), [(23, 0), (8, 15), (9, 30)])
+def test_a_window_is_attended_in_blocks_that_need_no_whole_mask(
+    causal, window, queries, offset, monkeypatch
+):
+    """Values and gradients of explicit softmax; masks no larger than a block and what it sees."""
+    monkeypatch.setattr(context, "_BLOCK", 4)
+    masks = []
+
+    def counted(*sizes, **options):
+        masks.append(sizes[0] * sizes[1])
+        return visible(*sizes, **options)
+
+    monkeypatch.setattr(context, "visible", counted)
+    q, k, v = (x.requires_grad_() for x in inputs(23))
+    own = q[:, :, :queries]
+    seen = visible(queries, 23, causal, window, offset)
+    out = Attention()(own, k, v, causal=causal, window=window, q_offset=offset)
+    some = seen.any(1)  # what a query without keys gets is torch's to say
+    wanted = by_hand(own, k, v, seen)
+    torch.testing.assert_close(out[:, :, some], wanted[:, :, some], rtol=0, atol=1e-13)
+    if some.all():
+        found = torch.autograd.grad(out.square().sum(), (q, k, v))
+        expected = torch.autograd.grad(wanted.square().sum(), (q, k, v))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    rows = max(4, window)
+    assert max(masks) <= rows * min(23, rows + 2 * window - 2)
+
+
+def test_float64_stays_float64_under_autocast_as_in_torch():
+    q, k, v = inputs()
+    mesh = LocalWorld(Context().sizes).mesh(0)
+    bound = Binding(mesh, Context())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = bound.attend(q, k, v, causal=True)
+        lower = bound.attend(q.float(), k.float(), v.float(), causal=True)
+    assert (out.dtype, lower.dtype) == (torch.float64, torch.bfloat16)
+    torch.testing.assert_close(out, Attention()(q, k, v, causal=True), rtol=0, atol=1e-13)
 
 
 def test_documents_are_separate_calls_and_may_be_empty():

@@ -193,6 +193,8 @@ def test_what_sdpa_can_and_a_plan_cannot(options, reason):
         nn.LSTM(WIDTH, WIDTH),
         nn.AvgPool1d(2),
         nn.BatchNorm1d(WIDTH),
+        nn.InstanceNorm1d(WIDTH),
+        nn.GroupNorm(2, WIDTH),
     ],
     ids=lambda part: type(part).__name__,
 )

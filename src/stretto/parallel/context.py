@@ -6,6 +6,7 @@ on this rank, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -18,6 +19,9 @@ from stretto.errors import ConfigError, PlanMismatch, ShapeError, UnsupportedMod
 from stretto.mesh.mesh import Mesh
 from stretto.plan.context import Context, settled
 from stretto.plan.ranges import Mask, Spans, packed, shard
+
+#: Queries that attend at a time where there is a window, unless it is longer.
+_BLOCK = 1024
 
 
 def _even(rows: tuple[int, ...]) -> bool:
@@ -60,14 +64,15 @@ def check_degree(plan: Context, mesh: Mesh) -> None:
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """In the dtype of an active autocast, as SDPA casts them.
+    """In the dtype of an active autocast, as SDPA casts them; float64 stays.
 
     Rotated queries and keys are often float32 beside lower values.
     """
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
-    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
+    lower = torch.get_autocast_dtype(kind)
+    return tuple(x if x.dtype == torch.float64 else x.to(lower) for x in tensors)
 
 
 @dataclass(eq=False)
@@ -205,7 +210,8 @@ def whole(
 ) -> torch.Tensor:
     """Attention over a whole sequence on one device, through torch SDPA.
 
-    Documents become one call each, so no mask of the whole sequence is ever held.
+    Documents become one call each, and a window one for each block of queries, so no mask of the
+    whole sequence is held.
     Raises ShapeError for a window below 1 and documents that do not sum to the queries and keys.
     """
     Mask(causal=causal, window=window, q_offset=q_offset, documents=documents)  # or ShapeError
@@ -225,6 +231,35 @@ def whole(
 
 
 def _sdpa(q, k, v, *, causal, window, scale, q_offset=0) -> torch.Tensor:
+    rows, queries, keys = max(_BLOCK, window or 0), q.shape[2], k.shape[2]
+    if window is None or queries <= rows or not keys:
+        return _attend(q, k, v, causal=causal, window=window, scale=scale, q_offset=q_offset)
+    # Cut first: the gradient of a slice of all keys would be as long as they are, for every block.
+    k_parts, v_parts = k.split(rows, 2), v.split(rows, 2)
+    found = []
+    for start, q_part in zip(range(0, queries, rows), q.split(rows, 2), strict=True):
+        first = start + q_offset
+        beyond = 0 if causal else window - 1
+        # One key at least, also for queries that see none.
+        low = min(max(first - window + 1, 0), keys - 1)
+        high = max(min(first + q_part.shape[2] + beyond, keys), low + 1)
+        near = (_between(parts, rows, low, high) for parts in (k_parts, v_parts))
+        mask = {"causal": causal, "window": window, "q_offset": first - low}
+        found.append(_attend(q_part, *near, scale=scale, **mask))
+    return torch.cat(found, 2)
+
+
+def _between(parts: Sequence[torch.Tensor], rows: int, low: int, high: int) -> torch.Tensor:
+    """Rows `low` to `high` of what was split into parts of `rows` along dim 2."""
+    cuts = []
+    for index in range(low // rows, -(-high // rows)):
+        start = index * rows
+        cuts.append(parts[index][:, :, max(low - start, 0) : high - start])
+    return torch.cat(cuts, 2) if len(cuts) > 1 else cuts[0]
+
+
+def _attend(q, k, v, *, causal, window, scale, q_offset) -> torch.Tensor:
+    """One call of SDPA, with a mask of these queries and keys where it has no word for it."""
     gqa = q.shape[1] != k.shape[1]
     plain = window is None and (not causal or (q_offset == 0 and q.shape[2] == k.shape[2]))
     mask = None if plain else visible(q.shape[2], k.shape[2], causal, window, q_offset, q.device)

@@ -30,6 +30,8 @@ _FUSED = {
 #: Modules that mix tokens on their own, beside convolutions wider than one token.
 _MIXING = (
     nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
     nn.RNNBase,
     nn.MultiheadAttention,
     nn.Fold,

@@ -103,7 +103,7 @@ class TextTask:
 
     @property
     def binds_alone(self) -> bool:
-        # Torch's own attention holds a mask of all queries and keys for a window.
+        # Torch's own attention needs masks for a window, and computes what they hide.
         return self.shape.window is not None
 
     def model(self) -> nn.Module:
