@@ -16,8 +16,9 @@ from stretto.plan.options import Context, Data
 from stretto.train import checkpoint, shards
 from stretto.train.descent import rate_at
 from stretto.train.events import Saved, Stepped, Validated
-from stretto.train.job import Job, Outcome, check_cursor, read_metrics, resume_note, run
+from stretto.train.job import Job, Outcome, build, check_cursor, read_metrics, resume_note, run
 from stretto.train.loop import Intervals, train
+from stretto.train.presets import task_of
 from stretto.train.recipe import Descent, accumulation
 from tests.train.make import ADAMW, recipe, trainer, write_text
 
@@ -140,6 +141,41 @@ def test_resuming_is_bitwise(descent, dtype, data, tmp_path):
     assert losses(again) == losses(whole)[3:]
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["loss"] for r in rows if r["event"] == "stepped"] == losses(whole)
+
+
+def with_unused(given, mesh):
+    """A trainer whose model has a matrix that no loss reaches, as some families have."""
+    task = task_of(given)
+    model = task.model()
+    first = model.initial
+    model.spare = torch.nn.Linear(3, 3, bias=False, device="meta")
+    model.initial = lambda name, *more: first("norm.weight" if "spare" in name else name, *more)
+    return build(task, model, job(given), mesh)
+
+
+def test_a_parameter_that_nothing_used_does_not_stand_in_the_way(data, mesh, tmp_path):
+    given = recipe(data, descent=ADAMW)
+    subject = with_unused(given, mesh)
+    subject.step()
+    subject.save(tmp_path, {})
+    wanted = subject.step().loss, subject.step().loss
+    fresh = with_unused(given, mesh)
+    fresh.restore(checkpoint.newest(tmp_path))
+    assert (fresh.step().loss, fresh.step().loss) == wanted
+    assert torch.equal(fresh.model.spare.weight, torch.ones(3, 3, dtype=torch.float64))
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(data, mesh, tmp_path):
+    for name, descent in (("sgd", recipe(None).descent), ("adamw", ADAMW)):
+        subject = trainer(recipe(data, descent=descent), mesh)
+        subject.step()
+        subject.save(tmp_path / name, {})
+    sgd = trainer(recipe(data), mesh)
+    with pytest.raises(ConfigError, match="only in the checkpoint: optimizer"):
+        sgd.restore(checkpoint.newest(tmp_path / "adamw"))
+    adamw = trainer(recipe(data, descent=ADAMW), mesh)
+    with pytest.raises(ConfigError, match="only in the model: optimizer"):
+        adamw.restore(checkpoint.newest(tmp_path / "sgd"))
 
 
 def test_random_state_is_part_of_a_checkpoint(data, mesh, tmp_path):

@@ -263,13 +263,19 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return found
 
 
-def begin_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer the state it would have before its first step, zeros."""
+def begin_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: set[str]) -> None:
+    """Give the optimizer the state it would have before its first step, zeros.
+
+    `saved`: keys of the checkpoint that is to be read. A parameter that no loss has used yet has
+    no state, there and here; where none has any, all are given one.
+    """
+    used = {key.removeprefix("optimizer.").rpartition(".")[0] for key in saved if _is_state(key)}
     rates = [group["lr"] for group in optimizer.param_groups]
     decays = [group["weight_decay"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = group["weight_decay"] = 0.0
-        for parameter in group["params"]:
+    for name, parameter in model.named_parameters():
+        if name in used or not used:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -279,6 +285,10 @@ def begin_state(optimizer: torch.optim.Optimizer) -> None:
         for value in kept.values():
             if isinstance(value, torch.Tensor):
                 value.zero_()
+
+
+def _is_state(key: str) -> bool:
+    return key.startswith("optimizer.")
 
 
 def random_state(mesh: Mesh) -> dict[str, torch.Tensor]:

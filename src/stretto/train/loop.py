@@ -139,10 +139,11 @@ class Trainer:
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
         """Continue after a checkpoint, bitwise where ranks, plan and recipe are as they were."""
-        checkpoint.begin_state(self.optimizer)
+        saved = checkpoint.saved_keys(found)
+        checkpoint.begin_state(self.model, self.optimizer, saved)
         tensors = checkpoint.tensors_of(self.model, self.optimizer)
         own = checkpoint.random_state(self.mesh)
-        known = set(own) <= checkpoint.saved_keys(found)
+        known = set(own) <= saved
         checkpoint.load(found, {**tensors, **own} if known else tensors, self.mesh)
         if known:
             checkpoint.set_random_state(own, self.mesh)
