@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from stretto.errors import ConfigError, NonFinite, PlanMismatch
 from stretto.mesh.local import LocalWorld
@@ -141,6 +142,22 @@ def test_resuming_is_bitwise(descent, dtype, data, tmp_path):
     assert losses(again) == losses(whole)[3:]
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["loss"] for r in rows if r["event"] == "stepped"] == losses(whole)
+
+
+def test_a_resumed_run_ends_with_the_random_state_of_an_uninterrupted_one(data, tmp_path):
+    given = recipe(data, steps=2)
+    states = []
+    for folder, resume in (("whole", False), ("cut", True)):
+        torch.manual_seed(7)
+        if resume:
+            run(silent, job(given, tmp_path / folder, save=1, until=2))
+            torch.manual_seed(8)
+        run(silent, job(given, tmp_path / folder, save=1, resume=resume))
+        found = checkpoint.newest(tmp_path / folder / "checkpoints")
+        state = {"random.0.cpu": torch.get_rng_state()}
+        dcp.load(state, checkpoint_id=found.path, no_dist=True)
+        states.append(state["random.0.cpu"])
+    assert torch.equal(*states)
 
 
 def with_unused(given, mesh):

@@ -148,6 +148,20 @@ def test_documents_of_a_model_of_transformers_stay_apart(kind, data, tmp_path):
             assert torch.allclose(each, whole, rtol=1e-9, atol=1e-15)
 
 
+def held_out(mesh, given, samples):
+    job = Job(recipe=given, plan=Plan(kind="train", dp=mesh.size("fsdp")))
+    task = task_of(given)
+    return build(task, task.model(), job, mesh).validate(samples).loss
+
+
+def test_held_out_samples_are_as_many_on_any_number_of_ranks(data):
+    given = recipe(data, sequences=6)
+    alone = held_out(LocalWorld(Plan(kind="train").sizes).mesh(0), given, 4)
+    assert held_out(LocalWorld(Plan(kind="train").sizes).mesh(0), given, 6) != alone
+    for loss in run_ranks(held_out, {"fsdp": 3}, given, 4, timeout_s=110):
+        assert loss == pytest.approx(alone, rel=1e-12)
+
+
 def test_two_ranks_resume_bitwise(data, tmp_path):
     given = recipe(data, descent=ADAMW, steps=5)
     plan = Plan(kind="train", cp=Context.named("ring", 2))

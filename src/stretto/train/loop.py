@@ -120,11 +120,14 @@ class Trainer:
         data_ranks, here = self.mesh.size("fsdp"), self.mesh.rank("fsdp")
         total, terms = 0.0, 0
         with torch.no_grad():
-            # Every rank runs the model equally often, since running it gathers weights.
+            # Every rank runs the model equally often, since running it gathers weights; what is
+            # beyond the samples does not count.
             for number in range(here, -(-samples // data_ranks) * data_ranks, data_ranks):
                 part = self._part(self.task.sample(number, held_out=True))
-                total += float(self.task.loss(self.model, part))
-                terms += self.task.count(part)
+                loss = float(self.task.loss(self.model, part))
+                if number < samples:
+                    total += loss
+                    terms += self.task.count(part)
         shards.reshard(self.model)
         total, terms = shards.total([total, terms], self.mesh)
         return Validated(self.done, total / terms)
