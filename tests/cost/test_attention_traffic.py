@@ -8,7 +8,7 @@ from stretto.cost.train import call_of, estimate
 from stretto.cost.train_words import bytes_of, outline, render, without_cluster
 from stretto.errors import PlanMismatch
 from stretto.plan.context import named_points
-from stretto.plan.model import Plan
+from stretto.plan.model import Placement, Plan
 from stretto.plan.options import Context, Data, Ring, Tile
 from stretto.workload.arch import Arch
 from stretto.workload.train import Training
@@ -41,6 +41,19 @@ def test_lines_sum_to_ranks_links_and_closed_forms():
         assert priced.sent_bytes == closed * priced.calls
         if "startrail" not in name:  # some ranks keep their placed keys: fewer than the formula
             assert priced.link_bytes == {k: n * priced.calls for k, n in found.links.items()}, name
+
+
+@pytest.mark.parametrize("order", [None, ("ring_out", "fsdp"), ("fsdp", "ring_out")])
+def test_bytes_of_all_groups_of_data_ranks_wherever_they_are_placed(order):
+    job, cluster = training(sequences=8), two_level(2, 4)
+    context = Context(ring=4, schedule=Ring(prune=False))
+    placement = order and Placement(order=order)
+    plan = Plan(kind="train", dp=2, cp=context, placement=placement)
+    found, priced = bytes_of(job, plan, cluster), estimate(job, cluster, plan)
+    assert set(found.per_rank) == {priced.sent_bytes // priced.calls}
+    assert {k: n * priced.calls for k, n in found.links.items()} == priced.link_bytes
+    assert sum(found.links.values()) == 2 * sum(found.per_rank)
+    assert sum(found.out_of_node.values()) == found.links["between nodes"]
 
 
 def test_a_micro_batch_is_one_attention_of_its_sequences():

@@ -17,10 +17,10 @@ from stretto.plan.schedule import Schedule, schedule
 
 @dataclass(slots=True)
 class Line:
-    """One phase on one axis, of one attention of one layer, all ranks of one sequence.
+    """One phase on one axis, of one attention of one layer, at once in all groups of data ranks.
 
     `least`, `most`: bytes sent by a rank. `messages`: of the rank that sends most of them.
-    `inside`, `across`: bytes of all ranks within nodes and between them.
+    `inside`, `across`: bytes of all ranks, of all groups, within nodes and between them.
     """
 
     phase: str
@@ -52,7 +52,8 @@ class Line:
 class Ledger:
     """All lines of forward and backward, and totals per rank, in bytes of one attention.
 
-    `per_rank`: by logical index. `out_of_node`: sent by the devices of each node to others.
+    `per_rank`: by logical index, the same in every group of data ranks. `out_of_node`: sent by the
+    devices of each node to others. `peak_blocks`: of the rank that holds most.
     """
 
     forward: tuple[Line, ...]
@@ -78,20 +79,20 @@ def ledger(plan: Plan, case: AttentionCase, nodes: Sequence[int]) -> Ledger:
     Without a cluster all ranks are of one node.
     """
     sizes, lines = plan.sizes, ({}, {})
+    walks = [schedule(plan.cp, case.at(rank)) for rank in range(plan.cp.degree)]
     per_rank, out = [0] * plan.cp.degree, dict.fromkeys(nodes, 0)
-    steps, peak = 0, 0.0
-    for world in range(plan.cp.degree):
-        rank = axes.position(world, "cp", sizes)
-        done = schedule(plan.cp, case.at(rank))
-        steps = max(steps, sum(1 for _ in done.forward.steps))
-        peak = done.peak_blocks()
+    for world in range(plan.world_size):
+        rank, sends = axes.position(world, "cp", sizes), 0
         near = _Near(world, sizes, nodes)
         for found, name in zip(lines, ("forward", "backward"), strict=True):
-            for key, (sent, messages, inside) in _sums(done, name, near).items():
+            for key, (sent, messages, inside) in _sums(walks[rank], name, near).items():
                 found.setdefault(key, Line(*key)).add(sent, messages, inside)
-                per_rank[rank] += sent
+                sends += sent
                 out[nodes[world]] += sent - inside
+        per_rank[rank] = sends
     forward, backward = (tuple(line for line in each.values() if line.most) for each in lines)
+    steps = max(sum(1 for _ in walk.forward.steps) for walk in walks)
+    peak = max(walk.peak_blocks() for walk in walks)
     return Ledger(forward, backward, tuple(per_rank), out, steps, peak)
 
 
