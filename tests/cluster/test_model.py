@@ -85,6 +85,8 @@ def test_cut_down_keeps_the_links_that_are_left():
         ({"nodes": []}, "nodes"),
         ({"links": [link()]}, "either `within` one node or `between` two"),
         ({"links": [link(within="n", rate="0 GB/s")]}, "greater than 0"),
+        ({"devices": {"d": device(memory="0 B")}}, "memory: .*greater than 0"),
+        ({"devices": {"d": device(memory_rate="0 B/s")}}, "memory_rate: .*greater than 0"),
     ],
 )
 def test_contradictions_are_named(changes, match):

@@ -492,3 +492,9 @@ def test_layouts_that_are_no_partition_are_refused(layout, match):
 def test_errors_are_of_the_users_kind():
     assert issubclass(ShapeError, ConfigError)
     assert issubclass(ShapeError, ValueError)
+
+
+@pytest.mark.parametrize("prefix", [1.5, None, True])
+def test_a_prefix_counts_keys(prefix):
+    with pytest.raises(ShapeError, match=f"prefix {prefix!r} is a .*; it counts rows, an int"):
+        Mask(prefix=prefix)

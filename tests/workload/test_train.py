@@ -132,6 +132,7 @@ def test_either_kind_of_file(tmp_path):
     ("fields", "match"),
     [
         ({"documents": (3, 4)}, "lengths sum to 7, a sequence has 8 tokens"),
+        ({"documents": (-1, 9)}, "documents: -1 tokens in one of them"),
         ({"window": 0}, "window"),
         ({"sequences": 0}, "sequences"),
         ({"dtype": "int8"}, "dtype"),
@@ -150,3 +151,20 @@ def test_the_narrower_window_holds():
     assert Workload.train(arch, 8).seen == 100
     assert Workload.train(arch, 8, window=50).seen == 50
     assert Workload.train(arch, 8, dtype="fp64").scalar_bytes == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"layers": 0}, "m: layers=0: a whole number, at least 1"),
+        ({"heads": 2.5}, "m: heads=2.5"),
+        ({"kv_heads": 0}, "m: kv_heads=0"),
+        ({"vocab": -1}, "m: vocab=-1: a whole number, at least 0"),
+        ({"window": 0}, "m: window=0"),
+        ({"kv_heads": 3}, "m: 4 query heads are no multiple of 3 key heads"),
+    ],
+)
+def test_an_arch_of_no_counts_is_refused(changes, match):
+    sizes = {"layers": 1, "width": 8, "heads": 4, "kv_heads": 2, "head_dim": 2}
+    with pytest.raises(ConfigError, match=match):
+        Arch(**({"name": "m", **sizes, "feed_forward": 8, "vocab": 8} | changes))

@@ -56,8 +56,8 @@ class Device(_Frozen):
     `attention` is what attention kernels reach of it, where that is known.
     """
 
-    memory: Memory
-    memory_rate: Rate
+    memory: Memory = Field(gt=0)
+    memory_rate: Rate = Field(gt=0)
     fp64: FlopRate | None = None
     fp32: FlopRate | None = None
     tf32: FlopRate | None = None

@@ -47,6 +47,7 @@ class Mask:
     def __post_init__(self):
         _check_whole("window", self.window)
         _check_whole("q_offset", self.q_offset)
+        _check_whole("prefix", self.prefix, optional=False)
         for length in self.documents or ():
             _check_whole("documents: length", length, optional=False)
         if self.window is not None and self.window < 1:

@@ -21,7 +21,8 @@ class Arch:
     """A stack of equal transformer layers.
 
     `mlp_matrices`: width x feed_forward matrices per layer, 3 where the MLP is gated. `vocab` 0:
-    no token table. `window`: keys that a query sees, None for all.
+    no token table. `window`: keys that a query sees, None for all. Raises ConfigError for what is
+    no count, and for query heads that are no multiple of the key heads.
     """
 
     name: str
@@ -36,6 +37,18 @@ class Arch:
     tied: bool = True
     causal: bool = True
     window: int | None = None
+
+    def __post_init__(self):
+        least = dict.fromkeys(("layers", "width", "heads", "kv_heads", "head_dim"), 1)
+        least |= {"feed_forward": 0, "vocab": 0, "mlp_matrices": 0}
+        least |= {} if self.window is None else {"window": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ConfigError(f"{self.name}: {name}={value!r}: a whole number, at least {low}")
+        if self.heads % self.kv_heads:
+            heads = f"{self.heads} query heads are no multiple of {self.kv_heads} key heads"
+            raise ConfigError(f"{self.name}: {heads}")
 
     @property
     def layer_parameters(self) -> int:

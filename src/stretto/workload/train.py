@@ -50,6 +50,8 @@ class Training(_Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:
+        if min(self.documents or (), default=0) < 0:
+            raise ValueError(f"documents: {min(self.documents or ())} tokens in one of them")
         if self.documents is not None and sum(self.documents) != self.tokens:
             raise ValueError(
                 f"documents: their lengths sum to {sum(self.documents)}, a sequence has "
