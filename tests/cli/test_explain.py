@@ -47,6 +47,12 @@ def test_windows_and_bytes_without_a_cluster(files, capsys):
     assert f"step rank 3 sends {declared[3]} bytes" in out
 
 
+def test_a_shift_of_no_steps_is_refused(files, capsys):
+    code, out, err = run(capsys, files[0], "--shift", "3")
+    assert (code, out) == (2, "")
+    assert "--shift 3 without --steps" in err
+
+
 def test_times_on_a_preset(files, capsys):
     argv = [files[0], "--workload", files[2], "--cluster", "h100-x8"]
     _, out, _ = run(capsys, *argv)

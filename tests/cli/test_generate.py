@@ -96,6 +96,13 @@ def test_calibrate_is_a_command_of_its_own(capsys):
     assert "--holdout" in capsys.readouterr().out
 
 
+def test_files_of_an_earlier_run_are_named(tmp_path, capsys):
+    assert generate("--classes", "1,7", *BRIEF, out=tmp_path) == 0
+    assert "also holds" not in capsys.readouterr().out
+    assert generate("--classes", "1", *BRIEF, out=tmp_path) == 0
+    assert "also holds 001.png, grid.png, not of this run" in capsys.readouterr().out
+
+
 # ---- what is refused -------------------------------------------------------------------------
 
 
@@ -108,6 +115,12 @@ def test_calibrate_is_a_command_of_its_own(capsys):
         (("--step", "2", "--windows", "fixed", "--depth", "9"), "--depth 9 with --windows fixed"),
         (("--windows", "tail"), "--windows without --step"),
         (("--compare",), "--compare on 1 rank"),
+        (("--repeats", "5"), "--repeats 5 without --compare"),
+        (("--steps", "2.5"), "'2.5' is no whole number"),
+        (("--steps", "many"), "'many' is no whole number"),
+        (("--seed", "inf"), "'inf' is no whole number"),
+        (("--ranks", "1000000"), "1000000 ranks: each takes 48 MiB"),
+        (("--threads", "100000"), "--threads 100000: this machine has"),
         (("--classes", "one"), "--classes 'one'"),
         (("--set", "height"), "name=value"),
         (("--set", "class_labels=[1]", "--classes", "3"), "--classes and --set class_labels"),
@@ -128,6 +141,12 @@ def test_calibrate_is_a_command_of_its_own(capsys):
 )
 def test_bad_input_is_one_message_and_2(arguments, expected, tmp_path, capsys):
     assert expected in refused(capsys, *arguments, out=tmp_path / "out").replace("\n", " ")
+
+
+def test_a_plan_to_train_is_refused(tmp_path, capsys):
+    write_plan(Plan(kind="train", dp=64), tmp_path / "plan.yaml")
+    message = refused(capsys, "--plan", str(tmp_path / "plan.yaml"), out=tmp_path / "out")
+    assert "plan to train; needed is kind: generate" in message.replace("\n", " ")
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,10 @@ def test_a_folder_is_no_place_for_a_file(instant, tmp_path, capsys):
     assert instant == []
 
 
-def test_no_ranks_are_refused():
-    assert app.main(["probe", "--ranks", "0"]) == 2
+@pytest.mark.parametrize("ranks", ["0", "1.5", "1000000"])
+def test_no_ranks_parts_of_ranks_and_too_many_are_refused(ranks, instant, tmp_path):
+    assert app.main(["probe", "--ranks", ranks, "-o", str(tmp_path / "c.yaml")]) == 2
+    assert instant == []
 
 
 def test_rates_are_those_of_the_best_size():

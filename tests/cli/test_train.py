@@ -155,8 +155,11 @@ def test_two_ranks_beside_one(data, tmp_path, capsys):
         (("--cp", "auto", "--ranks", "2", "--cluster", "h900"), "no preset 'h900'"),
         (("--threads", "100000"), "--threads 100000: this machine has"),
         (("--device", "tpu"), "ranks train on cpu or cuda"),
-        (("--device", "cuda:99"), "device 'cuda:99': torch"),
+        (("--device", "cuda:99"), "cuda:99"),
         (("--seed", "-1"), "seed -1: from 0"),
+        (("--seed", "0.5"), "'0.5' is no whole number"),
+        (("--steps", "2.5"), "'2.5' is no whole number"),
+        (("--ranks", "1000000"), "1000000 ranks: each takes 48 MiB"),
         (("--tokens", "1000000000000"), "or fewer, or more text"),
         (("--window", "0"), "--window"),
         (("--documents", "some"), "--documents"),
@@ -177,6 +180,14 @@ def test_an_earlier_run_is_not_overwritten(data, tmp_path, capsys):
     assert train(*SMALL, "--data", data, out=out) == 2
     assert "holds checkpoints of an earlier run" in capsys.readouterr().err
     assert (out / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_that_has_nothing_to_resume_says_so(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(*SMALL, "--data", data, "--resume", out=out) == 0
+    assert "to resume from: this run began at step 1" in capsys.readouterr().out
+    assert train(*SMALL, "--data", data, "--resume", out=out) == 0
+    assert "to resume from" not in capsys.readouterr().out
 
 
 def test_a_vocabulary_smaller_than_bytes_is_refused(data, tmp_path, capsys):

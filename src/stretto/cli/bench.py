@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter, validators
 
+from stretto.cli.whole import AT_LEAST_1, whole
 from stretto.errors import ConfigError
 
 app = App(
@@ -20,13 +21,14 @@ app = App(
 )
 
 _Out = Annotated[Path, Parameter(name=("--out", "-o"))]
+_Ranks = Annotated[int, Parameter(converter=whole, validator=validators.Number(gte=2, lte=8))]
 
 
 @app.command(name="exactness")
 def bench_exactness(
     *,
     only: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-    ranks: Annotated[int, Parameter(validator=validators.Number(gte=2, lte=8))] = 3,
+    ranks: _Ranks = 3,
     out: _Out = Path("exactness.json"),
     json: bool = False,
 ) -> int:
@@ -54,7 +56,7 @@ def bench_exactness(
 @app.command(name="steps")
 def bench_steps(
     *,
-    repeats: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 5,
+    repeats: Annotated[int, AT_LEAST_1] = 5,
     quick: bool = False,
     out: _Out = Path("steps.json"),
     json: bool = False,
@@ -114,7 +116,7 @@ def bench_attention(
 def bench_links(
     *,
     rate: Annotated[float, Parameter(validator=validators.Number(gt=0))] = 20.0,
-    repeats: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 5,
+    repeats: Annotated[int, AT_LEAST_1] = 5,
     layouts: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
     quick: bool = False,
     out: _Out = Path("links.json"),
@@ -165,7 +167,7 @@ def bench_links(
 def bench_families(
     *,
     only: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-    ranks: Annotated[int, Parameter(validator=validators.Number(gte=2, lte=8))] = 2,
+    ranks: _Ranks = 2,
     out: _Out = Path("families.json"),
     json: bool = False,
 ) -> int:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from stretto import documents
 from stretto.cli.generate_options import Scale, Seed
+from stretto.cli.whole import AT_LEAST_1, check_threads, whole, wholes
 from stretto.diffusion.arguments import naming_arguments
 from stretto.diffusion.calibrate import calibrate as measure
 from stretto.diffusion.calibration import Calibration, Entry, write_calibration
@@ -22,24 +23,24 @@ from stretto.diffusion.folder import open_pipeline
 from stretto.diffusion.output import finite
 from stretto.errors import ConfigError, UnsupportedPipeline
 
-_AT_LEAST_1 = Parameter(validator=validators.Number(gte=1))
 _MANY = Parameter(consume_multiple=True)
+_NUMBERS = Parameter(consume_multiple=True, converter=wholes)
 
 
 def calibrate(
     folder: str = "dit",
     /,
     *,
-    degree: Annotated[int, Parameter(validator=validators.Number(gte=2))] = 4,
-    depth: Annotated[list[int] | None, _MANY] = None,
-    steps: Annotated[int, _AT_LEAST_1] = 50,
+    degree: Annotated[int, Parameter(converter=whole, validator=validators.Number(gte=2))] = 4,
+    depth: Annotated[list[int] | None, _NUMBERS] = None,
+    steps: Annotated[int, AT_LEAST_1] = 50,
     guidance_scale: Scale = None,
-    classes: Annotated[list[int] | None, _MANY] = None,
+    classes: Annotated[list[int] | None, _NUMBERS] = None,
     prompt: Annotated[list[str] | None, _MANY] = None,
-    calls: Annotated[int, _AT_LEAST_1] = 4,
-    holdout: Annotated[int, _AT_LEAST_1] = 4,
+    calls: Annotated[int, AT_LEAST_1] = 4,
+    holdout: Annotated[int, AT_LEAST_1] = 4,
     seed: Seed = 0,
-    threads: Annotated[int, _AT_LEAST_1] = 1,
+    threads: Annotated[int, AT_LEAST_1] = 1,
     out: Annotated[Path, Parameter(name=("--out", "-o"))] = Path("calibration.yaml"),
     json: bool = False,
 ) -> int:
@@ -82,6 +83,7 @@ def calibrate(
         Print one JSON object.
     """
     documents.check_writable(out)
+    check_threads(threads)
     torch.set_num_threads(threads)
     pipe = open_pipeline(folder)
     pipe.set_progress_bar_config(disable=True)

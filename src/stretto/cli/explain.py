@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter, validators
 
+from stretto.cli.whole import AT_LEAST_1
 from stretto.cluster.model import Cluster
 from stretto.cost.train_words import bytes_of
 from stretto.errors import ConfigError
@@ -22,10 +23,10 @@ from stretto.workload.denoise import flow_noise
 from stretto.workload.model import read_workload
 from stretto.workload.train import Dtype, Training
 
-_Steps = Annotated[int | None, Parameter(validator=validators.Number(gte=1))]
+_Steps = Annotated[int | None, AT_LEAST_1]
 #: Of one sequence, where --tokens does not say; as in `stretto plan train`.
 _TOKENS = 65536
-_Shift = Annotated[float, Parameter(validator=validators.Number(gt=0))]
+_Shift = Annotated[float | None, Parameter(validator=validators.Number(gt=0))]
 
 
 def explain(
@@ -41,7 +42,7 @@ def explain(
     cluster: str | None = None,
     diff: str | None = None,
     steps: _Steps = None,
-    shift: _Shift = 1.0,
+    shift: _Shift = None,
     guided_bytes: str | None = None,
     json: bool = False,
 ) -> int:
@@ -76,12 +77,14 @@ def explain(
     steps
         Denoising steps, where there is no workload: shows the windows.
     shift
-        Shift of the flow-matching noise grid that goes with --steps.
+        Shift of the flow-matching noise grid that goes with --steps, by default 1.
     guided_bytes
         Size of one guided prediction, as in "1.2 MB": shows the exact bytes of each step rank.
     json
         Print one JSON object.
     """
+    if shift is not None and steps is None:
+        raise ConfigError(f"--shift {shift:g} without --steps: it shapes the noise grid of those")
     plans = _plans([each for each in (plan, diff) if each is not None], ranks, cluster)
     fields = {"tokens": tokens, "sequences": sequences, "dtype": dtype, "window": window}
     job = _job(plans, workload, model, {k: v for k, v in fields.items() if v is not None})
@@ -91,7 +94,7 @@ def explain(
         print(_training(plans, job, cluster, json=json))
         return 0
     if workload is None and cluster is None:
-        print(_without_times(plans, steps, shift, _bytes(guided_bytes, steps), json=json))
+        print(_without_times(plans, steps, shift or 1.0, _bytes(guided_bytes, steps), json=json))
         return 0
     if steps is not None or guided_bytes is not None:
         raise ConfigError("--steps and --guided-bytes stand in for a workload: give one or other")

@@ -23,6 +23,7 @@ from stretto.cli.generate_options import (
     threads_of,
 )
 from stretto.cli.screen import Screen, output
+from stretto.cli.whole import check_ranks, whole
 from stretto.mesh.launch import launch, prepare
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ PRELOAD = ("stretto.diffusion.compare", "stretto.diffusion.shipped.load")
 #: Pictures of the shipped models where no classes are asked for: about 15 s on one CPU thread.
 DEFAULT_CLASSES = tuple(range(8))
 
+_Repeats = Annotated[int | None, Parameter(converter=whole, validator=validators.Number(gte=3))]
 _SPLIT, _SUBJECT, _MACHINE = Split(), Subject(), Machine()
 
 
@@ -47,7 +49,7 @@ def generate(
     subject: Subject = _SUBJECT,
     machine: Machine = _MACHINE,
     compare: bool = False,
-    repeats: Annotated[int, Parameter(validator=validators.Number(gte=3))] = 3,
+    repeats: _Repeats = None,
     out: Annotated[Path, Parameter(name=("--out", "-o"))] = Path("out"),
     json: bool = False,
     quiet: bool = False,
@@ -61,7 +63,7 @@ def generate(
     compare
         Also run sequentially, with fewer steps, and by the published schedule, and print a table.
     repeats
-        How often each method runs in a comparison.
+        How often each method runs in a comparison, by default 3.
     out
         Folder for what is generated and result.json.
     json
@@ -71,14 +73,16 @@ def generate(
     """
     plan = plan_of(split)
     ranks = ranks_of(split.ranks, plan)
-    check_comparison(compare, ranks)
+    check_comparison(compare, repeats, ranks)
     call = call_of(subject)
     threads = threads_of(machine.threads, ranks)
+    if not split.emulate:
+        check_ranks(ranks)
     with output(out), Screen(quiet=quiet or json) as screen:
         if ranks > 1 and not split.emulate:
             # First, since it works in another process while this one imports torch.
             prepare(PRELOAD, threads=threads)
-        fields = {"ranks": ranks, "plan": plan, "repeats": repeats if compare else 0}
+        fields = {"ranks": ranks, "plan": plan, "repeats": (repeats or 3) if compare else 0}
         job = _job(folder, call, subject, machine, emulated=split.emulate, **fields)
         result, files = _run(job, threads, screen, out)
     if json:

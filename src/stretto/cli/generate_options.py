@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter, validators
 
+from stretto.cli.whole import AT_LEAST_1, check_threads, whole
 from stretto.cluster import detect
 from stretto.errors import ConfigError, PlanMismatch
 from stretto.plan.io import read_plan
@@ -30,8 +31,8 @@ from stretto.plan.options import (
 
 SCHEDULES = {"tail": Tail, "parastep": Parastep, "fixed": Fixed, "adaptive": Adaptive}
 
-_Degree = Annotated[int | None, Parameter(validator=validators.Number(gte=1))]
-_Positive = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+_Degree = Annotated[int | None, AT_LEAST_1]
+_Positive = Annotated[int, AT_LEAST_1]
 _Seconds = Annotated[float, Parameter(validator=validators.Number(gt=0))]
 
 
@@ -41,7 +42,7 @@ def _check_finite(kind: Any, value: float | None) -> None:
 
 
 #: What torch takes as a seed; items of a batch take the next ones.
-Seed = Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**63))]
+Seed = Annotated[int, Parameter(converter=whole, validator=validators.Number(gte=0, lt=2**63))]
 Scale = Annotated[float | None, Parameter(validator=_check_finite)]
 
 
@@ -144,7 +145,10 @@ def plan_of(split: Split) -> Plan | None:
     if split.plan is not None:
         if given:
             raise ConfigError(f"--plan {split.plan} already says {', '.join(given)}: give one")
-        return read_plan(split.plan)
+        plan = read_plan(split.plan)
+        if plan.kind != "generate":
+            raise PlanMismatch(f"{split.plan} is a plan to {plan.kind}; needed is kind: generate")
+        return plan
     if split.predictor is not None and split.predictor not in PREDICTORS:
         raise PlanMismatch(_unknown("predictor", split.predictor, PREDICTORS))
     windows = _windows(split.windows, split.depth)
@@ -198,13 +202,21 @@ def threads_of(asked: int | None, ranks: int) -> int:
     A thread whose core does other work holds up all of its rank while they spin: on two busy cores
     two threads took 6 to 30 times as long as one (shipped DiT, November 2026).
     """
-    if asked or ranks > 1:
-        return asked or 1
+    if asked is not None:
+        check_threads(asked)
+        return asked
+    if ranks > 1:
+        return 1
     return max(1, detect.usable_cores() - round(os.getloadavg()[0]))
 
 
-def check_comparison(compare: bool, ranks: int) -> None:
-    """Raise PlanMismatch for a comparison of one rank."""
+def check_comparison(compare: bool, repeats: int | None, ranks: int) -> None:
+    """Raise PlanMismatch for a comparison of one rank, ConfigError for repeats of none."""
+    if repeats is not None and not compare:
+        raise ConfigError(
+            f"--repeats {repeats} without --compare: one method generates once\n"
+            "  to fix: --compare, or leave it out"
+        )
     if compare and ranks < 2:
         raise PlanMismatch(
             f"--compare on {ranks} rank: there is nothing to set beside the sequential run\n"

@@ -31,6 +31,14 @@ def show(result: dict[str, Any], out: Path, files: Sequence[str]) -> None:
     if "grid.png" in files and len(rows) == 1:
         shown = "grid.png"
     console.print(Text(f"{out / shown} and {len(files) - 1} more, with result.json"))
+    older = sorted(file.name for file in out.iterdir() if file.name not in files)
+    if older:
+        console.print(Text(f"{out} also holds {_some(older)}, not of this run", style="dim"))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
 
 
 def _line(result: dict[str, Any], row: dict[str, Any]) -> str:

@@ -6,9 +6,10 @@ import json as jsonlib
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter, validators
+from cyclopts import App, Parameter
 
 from stretto import documents
+from stretto.cli.whole import AT_LEAST_1
 from stretto.cluster.model import Cluster
 from stretto.plan.io import write_plan
 from stretto.search.attention import TrainRanking, rank_plans, table
@@ -16,8 +17,8 @@ from stretto.workload.train import Dtype, Training
 
 app = App(name="plan", help="Find the plan for a job on a cluster: a ranked table and a file.")
 
-_Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
-_Some = Annotated[int | None, Parameter(validator=validators.Number(gte=1))]
+_Count = Annotated[int, AT_LEAST_1]
+_Some = Annotated[int | None, AT_LEAST_1]
 
 
 @app.command(name="train")

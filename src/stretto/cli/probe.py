@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from cyclopts import Parameter, validators
+from cyclopts import Parameter
 
 from stretto import documents
+from stretto.cli.whole import AT_LEAST_1, check_ranks
 from stretto.cluster import detect
 from stretto.cluster.model import Cluster, Device, Link, Node
 from stretto.cost.fit import Fit, fit_link
@@ -26,7 +27,7 @@ MOST_RANKS = 4
 def probe(
     *,
     out: Annotated[Path, Parameter(name=("--out", "-o"))] = Path("cluster.yaml"),
-    ranks: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
+    ranks: Annotated[int | None, AT_LEAST_1] = None,
     force: bool = False,
     json: bool = False,
 ) -> int:
@@ -51,6 +52,7 @@ def probe(
     documents.check_writable(out)
     gpus = detect.gpus()
     count = ranks or (gpus[0].count if gpus else min(cores, MOST_RANKS))
+    check_ranks(count)
     measured = measuring.probe(count)
     link = fit_link(measured.messages) if measured.messages else None
     cluster = describe(measured, link, load=load)

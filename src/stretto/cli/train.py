@@ -18,10 +18,10 @@ from stretto.cli.train_options import (
     Machine,
     Split,
     Work,
-    check_threads,
     plan_of,
     recipe_of,
 )
+from stretto.cli.whole import check_ranks, check_threads
 from stretto.errors import ConfigError
 from stretto.mesh.launch import prepare
 
@@ -77,6 +77,7 @@ def train(
         prepare(PRELOAD, threads=machine.threads)
     recipe = recipe_of(model, work, down, machine.dtype)
     plan = plan_of(split, recipe)
+    check_ranks(plan.world_size)
     _check(plan.world_size, compare, log.resume, out)
     from stretto.train.job import Job
 
@@ -128,7 +129,10 @@ def _run(job: Job, threads: int, compare: bool, screen: Screen) -> tuple[dict[st
         return result | {"files": []}, [
             "no step was left to do: curve and result stay as they were"
         ]
-    return result, train_result.write(Path(job.out or "."), result)
+    notes = train_result.write(Path(job.out or "."), result)
+    if job.resume and not outcomes[0].note:
+        notes.append(f"no checkpoint in {job.out} to resume from: this run began at step 1")
+    return result, notes
 
 
 def _show(result: dict[str, Any], notes: list[str], out: Path, json: bool, quiet: bool) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter, validators
 
+from stretto.cli.whole import AT_LEAST_0, AT_LEAST_1, whole
 from stretto.errors import ConfigError, PlanMismatch
 from stretto.plan.io import read_plan
 from stretto.plan.model import Plan
@@ -17,9 +17,9 @@ from stretto.plan.options import Context, Data
 if TYPE_CHECKING:
     from stretto.train.recipe import Recipe
 
-_Degree = Annotated[int | None, Parameter(validator=validators.Number(gte=1))]
-_Positive = Annotated[int, Parameter(validator=validators.Number(gte=1))]
-_Count = Annotated[int, Parameter(validator=validators.Number(gte=0))]
+_Degree = Annotated[int | None, AT_LEAST_1]
+_Positive = Annotated[int, AT_LEAST_1]
+_Count = Annotated[int, AT_LEAST_0]
 _PLANNED = ("cp", "fsdp", "micro_batch", "cluster")
 _Seconds = Annotated[float, Parameter(validator=validators.Number(gt=0))]
 
@@ -84,7 +84,7 @@ class Work:
     tokens: _Degree = None
     sequences: _Positive = 8
     steps: _Positive = 100
-    seed: int = 0
+    seed: Annotated[int, Parameter(converter=whole)] = 0
     window: _Degree = None
     documents: Literal["apart", "joined"] | None = None
     recompute: bool = False
@@ -219,17 +219,6 @@ def _degrees(split: Split) -> tuple[int, int]:
             "equal size"
         )
     return fsdp, ranks // fsdp
-
-
-def check_threads(threads: int) -> None:
-    """Raise ConfigError for more threads per rank than there are cores: torch would crash."""
-    cores = os.cpu_count() or 1
-    if threads > cores:
-        raise ConfigError(
-            f"--threads {threads}: this machine has {cores} core(s)\n"
-            "  why: threads of a rank that wait for one another's core make every step slower\n"
-            f"  to fix: --threads {cores} or fewer, and fewer still with several ranks"
-        )
 
 
 def _check_split(split: Split, fsdp: int, shared: int) -> None:
