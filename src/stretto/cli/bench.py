@@ -173,7 +173,7 @@ def bench_families(
 ) -> int:
     """Compare every causal-LM family of the installed transformers on ranks with itself on one.
 
-    Loss, logits and gradients of tiny random models. Takes about four minutes on two cores; the
+    Loss, logits and gradients of tiny random models. Takes half a minute on two idle cores; the
     file grows every few seconds, and "complete" in it says whether all was run. Exit code 1 if a
     family is neither equal nor refused.
 

@@ -45,7 +45,8 @@ def plan_train(
     Parameters
     ----------
     model
-        A preset (see the guide), a Hugging Face config.json, or the folder that holds one.
+        A preset (gpt-tiny to gpt-8b, gpt3-1.3b to gpt3-13b, opt-30b, llama3-8b, dit-xl), a Hugging
+        Face config.json, or the folder that holds one.
     cluster
         A cluster file, or the name of a preset such as h100-8x8.
     tokens
