@@ -46,7 +46,7 @@ def run_example(launcher, folder):
 
 
 def test_example_runs_on_one_rank(tmp_path):
-    assert "= 1 rank" in run_example([], tmp_path)
+    assert "one rank" in run_example([], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png"]
 
 
@@ -145,6 +145,10 @@ def test_numbers_keep_their_spread_and_losses_stand_out(render):
 
 def test_without_results_the_page_says_so(render):
     assert "No result is recorded yet" in render.measured({})
+
+
+def test_pages_say_what_results_and_docstrings_say(render, capsys):
+    assert render.main(["--check"]) == 0, capsys.readouterr().err
 
 
 def test_a_stale_page_is_noticed(render, monkeypatch, tmp_path, capsys):

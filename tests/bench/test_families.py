@@ -64,7 +64,7 @@ def test_ranks_that_never_start_are_no_verdict(monkeypatch):
 
 
 def test_unknown_names_are_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match=r"named 'lama'; there is llama"):
+    with pytest.raises(ConfigError, match=r"named 'lama'; the nearest: llama"):
         families.chosen(["lama"])
     assert len(families.chosen(())) > 150
 

@@ -84,8 +84,9 @@ def chosen(only: Sequence[str]) -> list[str]:
     known = families.names()
     for name in only:
         if name not in known:
-            near = ", ".join(difflib.get_close_matches(name, known)) or f"{len(known)} families"
-            raise ConfigError(f"no causal-LM family is named {name!r}; there is {near}")
+            near = ", ".join(difflib.get_close_matches(name, known))
+            words = f"the nearest: {near}" if near else f"{len(known)} others are known"
+            raise ConfigError(f"no causal-LM family is named {name!r}; {words}")
     return list(only) or known
 
 

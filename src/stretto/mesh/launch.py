@@ -90,7 +90,8 @@ def launch(
     if ranks == 1:
         return [_here(entry, args, threads, on_note)]
     prepare(preload, threads=threads)
-    with tempfile.TemporaryDirectory(prefix="stretto-") as folder:
+    # A rank that a signal is just ending may still write into the folder while it is removed.
+    with tempfile.TemporaryDirectory(prefix="stretto-", ignore_cleanup_errors=True) as folder:
         job = _Job(entry, args, folder, threads)
         watch = _Watch(Path(folder), ranks, timeout_s, on_note)
         with watch, _quiet_launcher():

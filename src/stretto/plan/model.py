@@ -119,9 +119,10 @@ class Plan(BaseModel):
 
     def __repr__(self) -> str:
         options = (self.step, self.dp, self.cfg, self.cp)
-        parts = [o.short() for o in options if o.degree > 1] or ["one rank"]
+        parts = [o.short() for o in options if o.degree > 1]
+        split = f"{' '.join(parts)} = {self.world_size} ranks" if parts else "one rank"
         order = f", order {' '.join(self.placement.order)}" if self.placement else ""
-        return f"{self.kind}: {' '.join(parts)} = {self.world_size} ranks{order}"
+        return f"{self.kind}: {split}{order}"
 
     def __str__(self) -> str:
         return repr(self)
