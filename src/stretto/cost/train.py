@@ -19,7 +19,7 @@ from stretto.cost.attention_links import Fabric, fabric_of, load_of
 from stretto.cost.attention_memory import Memory, memory_of
 from stretto.cost.attention_work import step_pairs
 from stretto.errors import PlanMismatch
-from stretto.plan.checks import divisors
+from stretto.plan.checks import check_trains, divisors
 from stretto.plan.context import Context, settled
 from stretto.plan.model import Plan
 from stretto.plan.ranges import Mask
@@ -155,13 +155,7 @@ def check(training: Training, cluster: Cluster, plan: Plan) -> None:
             "  why: each rank has a device of its own\n"
             f"  to fix: degrees whose product is at most {cluster.size}"
         )
-    alone = [f"{axis} {plan.sizes[axis]}" for axis in ("step", "cfg") if plan.sizes[axis] > 1]
-    if alone:
-        raise PlanMismatch(
-            f"{plan}: {', '.join(alone)} of a training\n"
-            "  why: that axis splits a generation; its ranks would repeat one another's work\n"
-            "  to fix: leave it out, or let dp or cp have these ranks"
-        )
+    check_trains(plan)
     if training.sequences % plan.dp.degree:
         legal = [n for n in range(1, training.sequences + 1) if training.sequences % n == 0]
         raise PlanMismatch(

@@ -1,10 +1,16 @@
-"""What every option checks of its fields: degrees count ranks, words come from a list."""
+"""What every option checks of its fields: degrees count ranks, words come from a list.
+
+And what whoever takes a plan for a training checks of it.
+"""
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from stretto.errors import PlanMismatch
+
+if TYPE_CHECKING:
+    from stretto.plan.model import Plan
 
 #: For pydantic: a field that an option does not have is an error.
 FORBID = {"extra": "forbid"}
@@ -56,6 +62,17 @@ def check_divides(what: str, part: int, whole: int) -> None:
     if part < 1 or whole % part:
         legal = ", ".join(map(str, divisors(whole)))
         raise PlanMismatch(f"{what} {part} does not divide {whole}; legal are {legal}")
+
+
+def check_trains(plan: Plan) -> None:
+    """Raise PlanMismatch, naming them, where ranks lie on an axis that splits a generation only."""
+    others = [f"{axis} {plan.sizes[axis]}" for axis in ("step", "cfg") if plan.sizes[axis] > 1]
+    if others:
+        raise PlanMismatch(
+            f"{plan}: {', '.join(others)} of a training\n"
+            "  why: that axis splits a generation; its ranks would repeat one another's work\n"
+            "  to fix: leave it out, or let dp or cp have these ranks"
+        )
 
 
 def divisors(number: int) -> list[int]:

@@ -23,7 +23,7 @@ from stretto.mesh.engine import torch_mesh
 from stretto.mesh.join import init_mesh
 from stretto.mesh.launch import Tell
 from stretto.mesh.mesh import Mesh
-from stretto.plan.checks import is_whole
+from stretto.plan.checks import check_trains, is_whole
 from stretto.plan.model import Plan
 from stretto.train import checkpoint, shards
 from stretto.train.events import Began, Event, Saved, Stepped, Validated, line
@@ -89,13 +89,7 @@ def check_plan(plan: Plan) -> None:
             f"plan={plan!r} is a {type(plan).__name__}, no Plan\n"
             "  to fix: Plan(kind='train', dp=..., cp=...)"
         )
-    others = [f"{axis} {plan.sizes[axis]}" for axis in ("step", "cfg") if plan.sizes[axis] > 1]
-    if others:
-        raise PlanMismatch(
-            f"{plan}: {', '.join(others)} of a training\n"
-            "  why: that axis splits a generation; its ranks would repeat one another's work\n"
-            "  to fix: leave it out, or let dp or cp have these ranks"
-        )
+    check_trains(plan)
     data, world = plan.dp, plan.world_size
     if data.replicate > 1:
         raise PlanMismatch(
