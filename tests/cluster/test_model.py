@@ -85,6 +85,9 @@ def test_cut_down_keeps_the_links_that_are_left():
         ({"nodes": []}, "nodes"),
         ({"links": [link()]}, "either `within` one node or `between` two"),
         ({"links": [link(within="n", rate="0 GB/s")]}, "greater than 0"),
+        ({"links": [link(within="n", displaces=-0.1)]}, "displaces: .*greater than or equal to 0"),
+        ({"links": [link(within="n", displaces=2.5)]}, "displaces: .*less than or equal to 2"),
+        ({"links": [link(between=("a", "b"), displaces=1)]}, "only a link within a node has that"),
         ({"devices": {"d": device(memory="0 B")}}, "memory: .*greater than 0"),
         ({"devices": {"d": device(memory_rate="0 B/s")}}, "memory_rate: .*greater than 0"),
     ],
@@ -110,12 +113,22 @@ def test_an_unknown_rate_lists_the_known():
     latency=st.floats(0, 10),
     spread=st.none() | st.floats(0, 5),
     count=st.integers(1, 1000),
+    displaces=st.floats(0, 2),
 )
-def test_round_trip(tmp_path_factory, memory, rate, latency, spread, count):
+def test_round_trip(tmp_path_factory, memory, rate, latency, spread, count, displaces):
     made = cluster(
         {"d": device(memory=memory, memory_rate=rate, bf16=rate, spread=spread)},
         [node("n", "d", count)],
-        [link(within="n", rate=rate, latency=latency, spread=spread, duplex="half")],
+        [
+            link(
+                within="n",
+                rate=rate,
+                latency=latency,
+                spread=spread,
+                duplex="half",
+                displaces=displaces,
+            )
+        ],
     )
     path = tmp_path_factory.mktemp("cluster") / "c.yaml"
     made.write(path)

@@ -203,3 +203,60 @@ def test_a_step_takes_at_least_its_launch():
     kernel = Kernel(forward=1e12, backward=1e12, launch=0.5, source="test")
     found = kernel_seconds(context, call, kernel, [256.0, 0.0, 256.0], back=False)
     assert found == pytest.approx([0.5, 0.0, 0.5], abs=1e-6)
+
+
+def walked(fabric, kernel, *, back=False, context=None):
+    """(one hop's seconds at 1 MB/s, the pass) of equal steps over four ranks."""
+    context = context or Context(ring=4)
+    call = Call(1, 16, 16, 2, 2, 8, 2)
+    found = pass_of(context, call, [kernel] * 4, fabric, axes.ordered(context.sizes), back=back)
+    return call.kv_block(1) / 1e6, found
+
+
+def test_kernels_lose_part_of_the_messages_beside_them():
+    """Three of four kernels have a hop beside them, and the last one nothing."""
+    fabric = fabric_of(line(4, rate=1e6, latency=1e-3, displaces=0.75))
+    hop, found = walked(fabric, 1.0)
+    assert found.seconds == pytest.approx(4 + 3 * 0.75 * hop, rel=1e-9)
+    hop, short = walked(fabric, 1e-9)
+    assert short.seconds == pytest.approx(3 * (1e-3 + hop), rel=1e-3)
+    # Keys go on three times, gradients return three times, the last time beside nothing.
+    _, back = walked(fabric, 1.0, back=True)
+    assert back.seconds == pytest.approx(4 + 5 * 0.75 * hop + 1e-3 + hop, rel=1e-9)
+
+
+def test_messages_of_an_interface_displace_nothing():
+    fields = cluster(
+        nodes=[node(name, "d", 2) for name in "ab"],
+        links=[
+            link(within="a", rate=1e6, displaces=1),
+            link(within="b", rate=1e6, displaces=1),
+            link(between=("a", "b"), rate=1e6),
+        ],
+    )
+    within = Context(ring=4, schedule=Tile(ring_inner=2))
+    hop, found = walked(fabric_of(fields), 1.0, context=within)
+    # Two cycles of two steps: one hop inside each, one between them.
+    assert found.seconds == pytest.approx(4 + 2 * hop, rel=1e-9)
+
+
+@given(
+    st.floats(0, 2),
+    st.floats(0, 1),
+    st.floats(1e-9, 1e-2),
+    st.booleans(),
+    st.sampled_from([Context(ring=4), Context(team=2, ring=2), Context.named("startrail(2)", 4)]),
+)
+def test_what_is_displaced_is_time_and_the_interval_holds_it(part, more, kernel, back, context):
+    free, some, much = (
+        walked(fabric_of(line(4, rate=1e6, displaces=d)), kernel, back=back, context=context)[1]
+        for d in (0, part, min(2, part + more))
+    )
+    slack = 1 + 1e-9
+    assert free.seconds <= some.seconds * slack
+    assert some.seconds <= much.seconds * slack
+    assert some.least <= some.seconds * slack
+    assert some.seconds <= some.most * slack
+    if part <= 1:
+        # Kernels that stand still while messages move take as long as one after the other.
+        assert some.most == pytest.approx(free.most)

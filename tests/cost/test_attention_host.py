@@ -1,5 +1,7 @@
 """Nodes that are one host: its work adds up beside the wires; devices with links are unaffected."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,6 +58,14 @@ def test_messages_inside_a_node_are_work_and_those_across_wire():
     assert inner == pytest.approx((1e-3 + 1e-2, 0.0))
     # Both ranks of a node send through its interface.
     assert outer == pytest.approx((1e-3, 2.0))
+
+
+def test_on_one_host_messages_are_its_work_and_displace_nothing_else():
+    fabric = fabric_of(rates().cluster(Layout(2, 2), NO_TIME))
+    inside = fabric.inside.model_copy(update={"displaces": 1.0})
+    sizes = axes.ordered(Context(ring=4, schedule=Tile(ring_inner=2)).sizes)
+    inner = Term("column", "exchange", "ring_in", 10**6, 1)
+    assert cost_of(inner, sizes, replace(fabric, inside=inside)) == cost_of(inner, sizes, fabric)
 
 
 def test_merging_and_adding_are_work_of_the_receiver():

@@ -18,6 +18,9 @@ SCHEMA = "cluster/1"
 Basis = Literal["measured", "published", "projected"]
 #: The dtypes of a device's matmul rate, in the order in which they are looked up.
 DTYPES = ("fp64", "fp32", "tf32", "bf16", "fp16", "fp8")
+#: Above 1 kernels and messages side by side take longer than one after the other, which contention
+#: may do to some degree; more than this is a mistake.
+MOST_DISPLACED = 2.0
 
 
 class _Frozen(BaseModel):
@@ -103,6 +106,10 @@ class Link(_Frozen):
 
     `rate` is bytes/s each way and `latency` seconds of one message; with duplex `half` the two
     ways share the rate. `spread` is the relative uncertainty of a message's time.
+
+    `displaces`: seconds that kernels lose to a message beside them, as a part of its bytes / rate.
+    Copying takes multiprocessors and memory rate from them: 0 where it takes nothing, 1 where they
+    stand still meanwhile. Only inside a node; an interface carries by itself what leaves one.
     """
 
     within: str | None = None
@@ -110,6 +117,7 @@ class Link(_Frozen):
     rate: Rate = Field(gt=0)
     latency: Seconds
     duplex: Literal["full", "half"] = "full"
+    displaces: float = Field(0.0, ge=0, le=MOST_DISPLACED)
     spread: float | None = Field(None, ge=0)
     source: str = ""
 
@@ -117,6 +125,8 @@ class Link(_Frozen):
     def _one_place(self) -> Link:
         if (self.within is None) == (self.between is None):
             raise ValueError("a link is either `within` one node or `between` two")
+        if self.between and self.displaces:
+            raise ValueError(f"displaces {self.displaces:g}: only a link within a node has that")
         return self
 
     @property

@@ -2,6 +2,7 @@
 
 Seconds = exposed heads + row phases + sum over steps of max(kernel and copies, hop) + pipeline
 fill. The last kernel has nothing to hide, so a plan never takes less than its hops and one kernel.
+A kernel takes longer beside a message inside its node where that displaces it (`Link.displaces`).
 On nodes that are one host its work, messages and merging, adds up beside the wires; see
 `attention_host`.
 """
@@ -50,8 +51,8 @@ class Pass:
 
     @property
     def most(self) -> float:
-        """Nothing is hidden."""
-        return self.heads + self.rows + self.kernels + self.hops
+        """Nothing is hidden, or what is hidden costs kernels more than it would take by itself."""
+        return self.heads + self.rows + max(self.walk, self.kernels + self.hops)
 
 
 def kernel_of(device: Device, dtype: str) -> Kernel:
@@ -187,13 +188,20 @@ class _Walk:
         return seconds + fill, inner.seconds(host) + outer.seconds(host) + fill
 
     def _hidden(self, steps: Sequence[Step], hop: Cost) -> float:
-        """Each kernel beside the hop that brings the next block; nothing beside the last."""
+        """Each kernel beside the hop that brings the next block; nothing beside the last.
+
+        A kernel that would end before its hop loses less than all that the hop displaces, but
+        then the hop is the longer of the two, up to a `displaces` of 1.
+        """
         host = self.fabric.host
-        seconds = sum(max(step.seconds, hop.seconds(host, step.beside)) for step in steps[:-1])
+        displaced = hop.work if host is None else 0.0
+        seconds = sum(
+            max(step.seconds + displaced, hop.seconds(host, step.beside)) for step in steps[:-1]
+        )
         return seconds + (steps[-1].seconds if steps else 0.0)
 
     def _crossed(self, cycle: float, hop: Cost) -> float:
-        """A cycle of the inner ring beside the hop between nodes, whose work is the host's."""
+        """A cycle of the inner ring beside the outer hop, whose work is the host's or displaces."""
         return max(cycle + hop.work, hop.seconds(self.fabric.host))
 
 

@@ -50,7 +50,7 @@ class SharedHost(Cluster):
 class Cost(NamedTuple):
     """Seconds of messages: `work` of the host's cores, and `wire`, in which links carry bytes.
 
-    On devices that move bytes themselves all of it is wire.
+    On devices that move bytes themselves all of it is wire, and `work` what kernels beside it lose.
     """
 
     work: float = 0.0

@@ -2,7 +2,8 @@
 
 Seconds of equal messages at once: the most loaded device or network interface, messages x latency
 + bytes / rate, in and out counted apart. In-node links and the network work side by side, but on
-nodes that are one host: there in-node messages and latencies are work of its cores.
+nodes that are one host: there in-node messages and latencies are work of its cores. Elsewhere the
+work of messages is what kernels beside them lose (`Link.displaces`).
 """
 
 from __future__ import annotations
@@ -56,17 +57,19 @@ class Fabric:
 
     def cost(self, load: Load, message: int) -> Cost:
         """Until the last of equal messages has arrived."""
-        inside = latency = wire = 0.0
+        inside = displaced = latency = wire = 0.0
         if load.in_node:
             assert self.inside is not None, "devices of one node have a link"
             half = 2 if self.inside.duplex == "half" else 1
-            inside = load.in_node * (self.inside.latency + half * message / self.inside.rate)
+            copied = load.in_node * half * message / self.inside.rate
+            inside = load.in_node * self.inside.latency + copied
+            displaced = self.inside.displaces * copied
         if load.network:
             assert self.network is not None, "devices of two nodes have a network"
             latency = load.latent * self.network.latency
             wire = load.network * message / self.network.rate
         if self.host is None:
-            return Cost(wire=max(inside, latency + wire))
+            return Cost(work=displaced, wire=max(inside, latency + wire))
         return Cost(work=inside + latency, wire=wire)
 
 
