@@ -54,3 +54,13 @@ def test_the_oldest_forms_are_forgotten():
     assert 11 in {form for form in range(12) if (form,) in remembered}
     assert (0,) not in remembered
     assert remembered.get((0,)) is None
+
+
+def test_a_form_in_use_is_not_the_oldest():
+    remembered = Remembered()
+    for form in range(12):
+        remembered.put((form,), torch.zeros(1))
+    remembered.get((0,))
+    remembered.trim()
+    assert (0,) in remembered
+    assert (1,) not in remembered

@@ -7,6 +7,7 @@ import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,11 +57,13 @@ def gather(
             for owner in range(header.size)
         ]
         parts = [pending.wait() for pending in under_way]
-    heads = torch.stack([part[:HEADER_BYTES] for part in parts])
-    deferred.check(heads, lambda read: _check([_read_header(h) for h in read], header, own))
     found = [_unpacked(part, like) for part in parts]
-    # Looked at after the exchange, so that all ranks raise and none waits for one that did.
-    check_finite(found, header.start, deferred)
+    heads = torch.stack([part[:HEADER_BYTES] for part in parts])
+    # Looked at after the exchange, so that all ranks raise and none waits for one that did; both
+    # are ready before the first is read, as a GPU takes 10 us to turn from kernels to a copy.
+    largest = _largest(found)
+    deferred.check(heads, lambda read: _check([_read_header(h) for h in read], header, own))
+    deferred.check(largest, partial(_check_finite, header.start, None))
     return found
 
 
@@ -96,19 +99,24 @@ def check_finite(
     `predictions` are those of the steps from `start` on, each of its own step rank; or of `rank`.
     """
 
-    def check(largest: Tensor) -> None:
-        for position, value in enumerate(largest.tolist()):
-            if not math.isfinite(value):
-                whose = position if rank is None else rank
-                raise NonFinite(
-                    f"step rank {whose}: the prediction of step {start + position} holds NaN or "
-                    "infinity; use a wider dtype (bfloat16 or float32) or a smaller guidance scale"
-                )
+    deferred.check(_largest(predictions), partial(_check_finite, start, rank))
 
+
+def _largest(predictions: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude of each: NaN or infinite where any is, and found in one pass."""
     alone = predictions[0].detach()[None]
     stacked = alone if len(predictions) == 1 else torch.stack([p.detach() for p in predictions])
-    # The largest magnitude is NaN or infinite where any is, and is found in one pass.
-    deferred.check(torch.linalg.vector_norm(stacked.flatten(1), math.inf, dim=1), check)
+    return torch.linalg.vector_norm(stacked.flatten(1), math.inf, dim=1)
+
+
+def _check_finite(start: int, rank: int | None, largest: Tensor) -> None:
+    for position, value in enumerate(largest.tolist()):
+        if not math.isfinite(value):
+            whose = position if rank is None else rank
+            raise NonFinite(
+                f"step rank {whose}: the prediction of step {start + position} holds NaN or "
+                "infinity; use a wider dtype (bfloat16 or float32) or a smaller guidance scale"
+            )
 
 
 def digest(*tensors: Tensor) -> bytes:

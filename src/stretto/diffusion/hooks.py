@@ -143,7 +143,7 @@ class Attachment:
             return self._run.step(*args, **kwargs)
 
         self._put(scheduler, "step", SchedulerHook(scheduler, original, step, self._second))
-        for name, other in self.pipe.components.items():
+        for name, other in list(vars(self.pipe).items()):
             if other is not scheduler and hasattr(other, "set_timesteps"):
                 self._put(other, "step", self._second(name, other.step))
         self._in_place.append(lambda: self.pipe.scheduler is scheduler)

@@ -31,7 +31,8 @@ class Remembered:
         """The output remembered under `key`, as it was; None if there is none."""
         if key not in self._outputs:
             return None
-        output, tensors = self._outputs[key]
+        # Used again, so among the newest that `trim` leaves.
+        output, tensors = self._outputs[key] = self._outputs.pop(key)
         kept = iter(tensors)
         return mapped(lambda _: next(kept).restored(), output)
 

@@ -42,7 +42,8 @@ class Replay(Walk):
             if inside:
                 call = run.handover.continued(call, result)
             self._measure(inside, call.sample)
-            if guesses is not None:
+            if guesses is not None and inside:
+                # The first position has guessed nothing yet: its latents are the true ones.
                 true = self.carried(true, call.sample, guesses[inside], window.start + inside)
             result = run.port.real(call.replaced(model_output=true))
             run.remember(window.start + inside, true)
@@ -65,19 +66,18 @@ class Replay(Walk):
     def carried(self, guided: Tensor, true: Tensor, guess: Tensor, position: int) -> Tensor:
         """A prediction made on `guess`, for the true latents; unchanged bits where they agree.
 
-        `guess` may be wider than the latents; sums are float32 (float64 for float64).
+        The change of the latents is taken in their dtype, what is added in that of `guided`.
         """
         if guided.shape != true.shape:
             # Learned variances ride along in more channels: nothing is known of their change.
             return guided
         factor = self.run.port.carry(self.run.noise[position])
-        guess = guess.to(torch.promote_types(guess.dtype, torch.float32))
         # Equal latents differ by +0, and what is subtracted as +0 leaves even the sign of a zero.
         ahead = guess - true if factor > 0 else true - guess
         return torch.sub(guided, ahead, alpha=abs(factor), out=torch.empty_like(guided))
 
-    def _guessed_latents(self) -> Tensor:
-        """The latents on which every position's prediction was evaluated, at least float32.
+    def _guessed_latents(self) -> list[Tensor]:
+        """The latents on which every position's prediction was evaluated.
 
         All ranks hold the history that guesses come from, so each walks them by itself: what the
         scheduler computes need not be sent. Up to its own position a rank has walked already.
@@ -95,8 +95,7 @@ class Replay(Walk):
             result = run.port.real(call.replaced(model_output=guess))
             call = run.handover.continued(window.calls[inside + 1], result)
             latents.append(call.sample)
-        found = torch.stack(latents)
-        return found.to(torch.promote_types(found.dtype, torch.float32))
+        return latents
 
     def _measure(self, inside: int, true: Tensor) -> None:
         """Error of the latents on which this rank evaluated its prediction."""
@@ -104,7 +103,7 @@ class Replay(Walk):
         if inside != self.run.rank or window.guess is None:
             return
         wide = torch.promote_types(true.dtype, torch.float32)
-        error = torch.linalg.vector_norm(true - window.guess.to(wide))
+        error = torch.linalg.vector_norm(true - window.guess, dtype=wide)
         scale = torch.linalg.vector_norm(true, dtype=wide)
         self.run.report.own_error(window.start + inside, error, scale)
 

@@ -125,19 +125,18 @@ class Report:
 
     def close(self, mesh: CountingMesh) -> None:
         """Collect the guess errors of all step ranks: 8 bytes per step and rank."""
-        own = torch.zeros(self.num_steps, dtype=torch.float64)
+        own = [0.0] * self.num_steps
         if self._own_errors:
             # Read together: one wait for the device, not two a window.
             found = torch.stack([norm for norms in self._own_errors.values() for norm in norms])
             for position, norms in zip(self._own_errors, found.view(-1, 2).tolist(), strict=True):
                 own[position] = _relative(*norms)
-        parts = mesh.all_gather(own, "step", "report").wait()
+        told = torch.tensor(own, dtype=torch.float64)
+        errors = [part.tolist() for part in mesh.all_gather(told, "step", "report").wait()]
         for window in self.windows:
             if window.size > 1 and self.walk == "replay":
-                errors = [
-                    float(parts[inside][window.start + inside]) for inside in range(window.size)
-                ]
-                window.discrepancy = max(errors)
+                positions = range(window.size)
+                window.discrepancy = max(errors[p][window.start + p] for p in positions)
         self.traffic = mesh.traffic
         self.network_calls = sum(mesh.calls.values())
 

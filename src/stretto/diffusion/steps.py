@@ -152,13 +152,18 @@ class StepRun:
                 self._open()
         call.index = self._call_counts[call.module]
         self._call_counts[call.module] += 1
+        if self.mesh.world_size == 1:
+            # Nobody else evaluates, so nothing remembered will stand in.
+            return self._evaluate(call, None)
         key = call.key
         known = self.remembered.get(key)
         if not self._evaluates and known is not None:
             return known
         output = self._evaluate(call, known)
         self._open()
-        self.remembered.put(key, output)
+        if known is None or self.predictor.needs_own_output:
+            # Elsewhere what stands in is replaced by a guess: its form is all that matters.
+            self.remembered.put(key, output)
         return output
 
     def _open(self) -> None:
@@ -182,9 +187,10 @@ class StepRun:
         """A scheduler step: true now, or when its window closes."""
         call = self.port.bind(*args, **kwargs)
         self._check_alternation()
-        if not self.provisional:
-            self.handover.find_recurrent(call)
-        self._watch_for_edits(call)
+        if self._has_windows:
+            if not self.provisional:
+                self.handover.find_recurrent(call)
+            self._watch_for_edits(call)
         result = self._exact(call) if self.window.size == 1 else self._parallel(call)
         self._advance(call, result)
         return result
@@ -210,13 +216,23 @@ class StepRun:
     # ---- one step ------------------------------------------------------------------------
 
     @property
+    def _has_windows(self) -> bool:
+        """Whether steps are ever guessed; else no scheduler step is taken twice."""
+        return self.plan.step.degree > 1
+
+    @property
+    def _is_heard(self) -> bool:
+        """Whether the predictor is told: a given one always, as it may be there to listen."""
+        return self._has_windows or self._predictor is not None
+
+    @property
     def _is_planned(self) -> bool:
         return self.schedule is not None
 
     @property
     def _shares_exact_steps(self) -> bool:
         """The published schedule computes its exact steps on every rank."""
-        return self.plan.step.exact_split and self.plan.step.guesses != "own"
+        return self._has_windows and self.plan.step.exact_split and self.plan.step.guesses != "own"
 
     @property
     def _evaluates(self) -> bool:
@@ -269,11 +285,12 @@ class StepRun:
         """A true prediction; the first one waits for the grid before it reaches the predictor."""
         self.recent = [*self.recent, guided][-self.plan.step.degree :]
         # A pipeline may walk its timesteps twice; nothing is guessed beyond the grid.
-        if self._is_planned and position < len(self.noise):
+        if self._is_heard and self._is_planned and position < len(self.noise):
             self.predictor.append(self.noise[position], guided)
 
     def _advance(self, call: StepCall, result: Any) -> None:
-        self.handover.leave(result)
+        if self._has_windows:
+            self.handover.leave(result)
         self._call_counts.clear()
         self.branches.next_step()
         self.position += 1
@@ -291,7 +308,8 @@ class StepRun:
         self.noise = self.port.noise(first, num_steps)
         self.schedule = Schedule(self.plan.step, self.noise)
         self.schedule.size_at(0, 0, ())
-        self.predictor.append(self.noise[0], self.recent[-1])
+        if self._is_heard:
+            self.predictor.append(self.noise[0], self.recent[-1])
         self.report.begin(num_steps, self.recent[-1])
 
     def _next_window(self) -> None:
@@ -301,7 +319,7 @@ class StepRun:
             # Every denoiser call of this form has been made once, on every rank.
             self._is_warm = True
             self.mesh.allow(self.mesh.timeout_s / WARMING_UP)
-        if self.position < len(self.noise):
+        if self._is_heard and self.position < len(self.noise):
             self.predictor.close_window(window.start, window.size)
         self.report.add(
             WindowRecord(window.start, window.size, time.perf_counter() - window.opened_s)
@@ -327,7 +345,7 @@ class StepRun:
 
     def _watch_for_edits(self, call: StepCall) -> None:
         """Does the pipeline change latents, or draw random numbers, between two steps?"""
-        if self.plan.step.degree == 1 or isinstance(self.walk, Leader):
+        if isinstance(self.walk, Leader):
             return
         edited = self.handover.edited(call)
         if edited is None:
