@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stretto.plan import moves
 from stretto.plan.checks import divisors
 from stretto.plan.context import (
     AttentionCase,
@@ -291,6 +292,19 @@ def test_pruned_blocks_stop_where_nobody_sees_them():
     for plan in schedules(pruned, window):
         hops = [move for move in plan.forward.moves() if move.sends and move.sent]
         assert len(hops) == (plan.case.rank < 15)
+
+
+def test_counting_bytes_cuts_no_pieces(monkeypatch):
+    """Of a ring of 1000 ranks a million pairs of blocks would be cut, for nothing."""
+    context = Context(ring=4)
+    done = schedule.__wrapped__(context, case_of(context, 4 * 8, Mask(causal=True)))
+    monkeypatch.setattr(moves, "pieces", lambda *_: pytest.fail("pieces were cut"))
+    assert done.traffic().total() > 0
+    assert done.peak_blocks() > 0
+    monkeypatch.undo()
+    first = next(done.forward.steps)
+    assert first.pieces
+    assert first.pieces is first.pieces
 
 
 def test_explain_says_what_goes_where():

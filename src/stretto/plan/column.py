@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from stretto.plan.moves import COLUMN, GRADIENTS, Move, Step, Turn
-from stretto.plan.ranges import Piece, Spans, needed, pieces
+from stretto.plan.ranges import Spans, needed
 
 if TYPE_CHECKING:
     from stretto.plan.context import AttentionCase, Context
@@ -38,10 +38,13 @@ class Call:
     #: What columns found out about themselves, for the next rank that asks.
     journeys: dict[tuple, dict[tuple[int, int], Spans]] = field(default_factory=dict)
     ways: dict[int, int] = field(default_factory=dict)
+    row_sizes: dict[tuple[str, ...], int] = field(default_factory=dict)
 
     def row_bytes(self, *tensors: str) -> int:
         """Bytes of one row of these tensors on a rank that holds its share of the heads."""
-        return sum(self._bytes_of(tensor) for tensor in tensors)
+        if tensors not in self.row_sizes:
+            self.row_sizes[tensors] = sum(self._bytes_of(tensor) for tensor in tensors)
+        return self.row_sizes[tensors]
 
     def _bytes_of(self, tensor: str) -> int:
         case, u = self.case, self.context.ulysses
@@ -175,10 +178,6 @@ def _both(a: Spans, b: Spans) -> Spans:
     return a if a == b or not b else a | b
 
 
-def visible(call: Call, q: Spans, kv: Spans) -> tuple[Piece, ...]:
-    return pieces(call.case.mask, q, kv)
-
-
 def shift(
     column: Column,
     here: int,
@@ -210,19 +209,19 @@ def walk(
     `keep`: whether blocks that came over the outer and the inner axis stay for backward.
     """
     o, i = here
+    mask, queries = column.call.case.mask, column.queries[column.at(o, i)]
     turns = []
     for x in range(column.outer):
         steps = []
         for y in range(column.inner):
             rows = column.held(o, i, x, y)
-            pieces = visible(column.call, column.queries[column.at(o, i)], rows)
             hop = None if back and keep[1] else _inner_hop(column, o, i, x, y, phase)
             give = None
             if back:
                 give = _ride(column, o, x, ride_phase) if ride else _inner_give(column, o, i, x, y)
             kept = keep[1] if y else keep[0] and x > 0
             block = column.blocks[column.block(o, i, x, y)]
-            steps.append(Step(block, rows, pieces, hop, give, kept))
+            steps.append(Step(block, rows, mask, queries, rows, hop, give, kept))
         hop = None if back and keep[0] else _outer_hop(column, o, i, x, phase)
         give = _outer_give(column, o, i, x) if back and not ride else None
         turns.append(Turn(tuple(steps), hop, give))

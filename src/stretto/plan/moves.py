@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
-from stretto.plan.ranges import Piece, Spans
+from stretto.plan.ranges import Mask, Piece, Spans, pieces
 
 PASSES = ("forward", "backward")
 #: Concurrent streams of messages: columns, gradients on their way home, rows and heads.
@@ -48,21 +49,31 @@ class Move:
         return sum(bool(rows) for rows in self.sends.values())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """One block at rest: which rows of it are here, what is computed, what leaves meanwhile.
 
     `block`: super-rank (StarTrail: team) whose keys these are, or queries where those move.
-    `hop`: brings the next block, in flight under this step. `give`: takes this step's gradients
-    on, in flight under the next. `kept`: forward keeps the block for backward, which finds it.
+    `q`, `k`: the rows of queries and of keys that meet, under `mask`. `hop`: brings the next
+    block, in flight under this step. `give`: takes this step's gradients on, in flight under the
+    next. `kept`: forward keeps the block for backward, which finds it.
     """
 
     block: int
     rows: Spans
-    pieces: tuple[Piece, ...]
+    mask: Mask
+    q: Spans
+    k: Spans
     hop: Move | None = None
     give: Move | None = None
     kept: bool = False
+
+    # Cut when first asked for: what only counts bytes never does, and over 1000 ranks there are a
+    # million pairs of blocks.
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What is computed: the visible pairs, in local rows of `q` and `k`."""
+        return pieces(self.mask, self.q, self.k)
 
     @property
     def pairs(self) -> int:

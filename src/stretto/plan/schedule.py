@@ -22,7 +22,6 @@ from stretto.plan.column import (
     kv_heads,
     shift,
     union,
-    visible,
     walk,
 )
 from stretto.plan.moves import COLUMN, GRADIENTS, PASSES, ROWS, Move, Pass, Step, Turn
@@ -278,17 +277,18 @@ class _Tile:
         """Queries with dO and statistics descend the ring, dQ rides along until it is home."""
         call, n = self.call, column.outer
         here = self.place.turn - column.base
+        keys = column.keys[column.at(here, 0)]
         going = ("q", "dout", "lse", "delta")
         steps = []
         for s in range(n):
             block = column.block(here, 0, s, 0)
             rows = column.queries[block]
-            hop = None
+            hop = give = None
             if s < n - 1:
                 hop = shift(column, here, column.queries, s, "back-column", going, COLUMN)
-            give = shift(column, here, column.queries, s, ride_phase, ("dq",), GRADIENTS)
-            pieces = visible(call, rows, column.keys[column.at(here, 0)])
-            steps.append(Step(block, rows, pieces, hop, give if n > 1 else None))
+            if n > 1:
+                give = shift(column, here, column.queries, s, ride_phase, ("dq",), GRADIENTS)
+            steps.append(Step(block, rows, call.case.mask, rows, keys, hop, give))
         return (Turn(tuple(steps)),)
 
     def _one_shot(self, column: Column, phase: str, *, back: bool) -> tuple[Turn, ...]:
@@ -314,8 +314,8 @@ class _Tile:
                 GRADIENTS,
             )
         rows = union(column.keys)
-        pieces = visible(call, column.queries[here], rows)
-        step = Step(self.place.index, rows, pieces, None, give, kept=kept and n > 1)
+        met = (call.case.mask, column.queries[here], rows)
+        step = Step(self.place.index, rows, *met, None, give, kept=kept and n > 1)
         return (Turn((step,), hop),)
 
 
