@@ -2,8 +2,9 @@
 
 torchrun --standalone --nproc-per-node N benchmarks/attention_gpus.py --out x.json [--dry]
 
-links   what `stretto probe` measures, per carrier, and rates of the attention kernels: the cluster
-        that `auto` chooses on and that every prediction uses, written beside the result.
+links   what `stretto probe` measures, per carrier, rates of the attention kernels, and what those
+        lose to messages beside them: the cluster that `auto` chooses on and that every prediction
+        uses, written beside the result.
 gate    every plan and carrier at a small size against float32, before anything is timed.
 mha     32 query and 32 key heads of 128, causal, bf16: forward and backward of every named plan
         that N ranks allow and of `auto`, over both carriers, beside one GPU alone.
@@ -31,6 +32,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import displaced
 import job
 import result
 import torch
@@ -561,7 +563,11 @@ def links(bench: Bench) -> None:
         sizes = (1024, 16384) if dry else tuple(1024 * 4**n for n in range(10))
         found = probe.measure(mesh, sides=sides, message_bytes=sizes)
         fit = fit_link(sent_by_attention(found.messages, dry))
-        cluster = named(bench, describe(found, fit, load=result.load()), kernel, carrier)
+        most = 2**20 if dry else displaced.MOST_BYTES
+        lost = displaced.measure(bench, mesh, kernels_beside(bench), fit.rate, most_bytes=most)
+        part = displaced.part_displaced(lost, fit.rate)
+        probed = describe(found, fit, load=result.load())
+        cluster = named(bench, probed, kernel, carrier, displaces=part)
         bench.clusters[carrier] = cluster
         bench.result.setdefault("links", {})[carrier] = {
             "fit": vars(fit),
@@ -569,13 +575,18 @@ def links(bench: Bench) -> None:
             "messages": [vars(message) for message in found.messages],
             "products": [{**vars(p), "flop_rate": p.flop_rate} for p in found.products],
             "kernel": kernel.model_dump(mode="json"),
+            "displaces": part,
+            "beside": [vars(each) for each in lost],
         }
         if bench.rank == 0:
             path = bench.options.out.with_name(f"{bench.options.out.stem}-{carrier}.yaml")
             cluster.write(path)
             bench.result["links"][carrier]["cluster_file"] = path.name
         rate, latency = fit.rate / 1e9, fit.latency * 1e6
-        bench.say(f"{carrier}: {rate:.0f} GB/s, {latency:.0f} us, fit off by {fit.spread:.0%}")
+        bench.say(
+            f"{carrier}: {rate:.0f} GB/s, {latency:.0f} us, fit off by {fit.spread:.0%}; "
+            f"kernels beside a message lose {part:.2f} of its time"
+        )
     bench.write()
 
 
@@ -594,7 +605,9 @@ def mesh_of_steps(bench: Bench, carrier: str) -> Mesh:
     return init_mesh(sizes, device=bench.device, timeout_s=TIMEOUT_S, carrier=carrier)
 
 
-def named(bench: Bench, cluster: Cluster, kernel: Kernel, carrier: str) -> Cluster:
+def named(
+    bench: Bench, cluster: Cluster, kernel: Kernel, carrier: str, *, displaces: float
+) -> Cluster:
     """The probed cluster with the device's real name and memory, and its attention kernels."""
     ((kind, device),) = cluster.devices.items()
     changes: dict[str, Any] = {"attention": kernel}
@@ -607,7 +620,8 @@ def named(bench: Bench, cluster: Cluster, kernel: Kernel, carrier: str) -> Clust
     changes["source"] = f"measured: {where}"
     devices = {kind: device.model_copy(update=changes)}
     told = f"measured: {where}, {carrier}: permute, shift, all_to_all of 256 KiB to 256 MiB"
-    links = tuple(link.model_copy(update={"source": told}) for link in cluster.links)
+    changes = {"source": told, "displaces": displaces}
+    links = tuple(link.model_copy(update=changes) for link in cluster.links)
     title = f"{bench.ranks} x {name}, {carrier}"
     return cluster.model_copy(update={"name": title, "devices": devices, "links": links})
 
@@ -615,18 +629,11 @@ def named(bench: Bench, cluster: Cluster, kernel: Kernel, carrier: str) -> Clust
 def kernel_rates(bench: Bench) -> Kernel:
     """Rates of full rectangles by rows, forward and backward, all GPUs at work."""
     sizes = (32, 64) if bench.options.dry else (512, 1024, 2048, 4096, 8192, 16384)
-    backend, scale = backends.choose(bench.device, bench.dtype, bench.dim), bench.dim**-0.5
+    backend = backends.choose(bench.device, bench.dtype, bench.dim)
     rates = []
     for size in sizes:
-        q, k, v, dout = (drawn(bench, size, bench.heads, bench.dim).movedim(2, 0) for _ in range(4))
-        out, lse = backends.forward(q, k, v, "full", scale, backend)
-        given = (dout, q, k, v, out, lse, "full", scale, backend)
-        works = (
-            partial(backends.forward, q, k, v, "full", scale, backend),
-            partial(backends.backward, *given),
-        )
         flops = 4.0 * size**2 * bench.heads * bench.dim
-        pair = [repeated(bench, work) for work in works]
+        pair = [repeated(bench, work) for work in full_kernels(bench, size)]
         rates.append((flops / pair[0], 2.5 * flops / pair[1]))
     every = bench.collect(rates)
     slow = [[min(rank[i][j] for rank in every) for j in (0, 1)] for i in range(len(sizes))]
@@ -638,6 +645,24 @@ def kernel_rates(bench: Bench) -> Kernel:
     source = f"measured: benchmarks/attention_gpus.py, {backend.name}, {bench.ranks} at once"
     rounded = [float(f"{rate:.4g}") for rate in best]
     return Kernel(forward=rounded[0], backward=rounded[1], short=short, source=source)
+
+
+def full_kernels(bench: Bench, size: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Forward and backward of a full rectangle of `size` rows each way, by the chosen back end."""
+    backend, scale = backends.choose(bench.device, bench.dtype, bench.dim), bench.dim**-0.5
+    q, k, v, dout = (drawn(bench, size, bench.heads, bench.dim).movedim(2, 0) for _ in range(4))
+    out, lse = backends.forward(q, k, v, "full", scale, backend)
+    given = (dout, q, k, v, out, lse, "full", scale, backend)
+    forward = partial(backends.forward, q, k, v, "full", scale, backend)
+    return forward, partial(backends.backward, *given)
+
+
+def kernels_beside(bench: Bench) -> dict[str, Callable[[], Any]]:
+    """Kernels at their full rate, of 1 to 2 ms each on an H200, to measure messages beside."""
+    rows = (64, 64) if bench.options.dry else (8192, 4096)
+    forward, _ = full_kernels(bench, rows[0])
+    _, backward = full_kernels(bench, rows[1])
+    return {f"forward of {rows[0]} rows": forward, f"backward of {rows[1]} rows": backward}
 
 
 def repeated(bench: Bench, work: Callable[[], Any], count: int = 5) -> float:

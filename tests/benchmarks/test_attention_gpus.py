@@ -3,6 +3,7 @@
 import argparse
 
 import attention_gpus
+import displaced
 import pytest
 import torch
 
@@ -41,6 +42,15 @@ def test_dry_run(tmp_path, ranks):
     cluster = Cluster.read(tmp_path / result["links"]["gloo"]["cluster_file"])
     assert cluster.size == ranks
     assert "attention_gpus.py" in cluster.devices["cpu"].attention.source
+    links = result["links"]["gloo"]
+    assert cluster.links[0].displaces == links["displaces"]
+    assert [each["kernel"].split()[0] for each in links["beside"]] == ["forward", "backward"]
+    for each in links["beside"]:
+        assert 0 < each["num_bytes"] <= 2**20
+        assert min(each["alone"], each["message"]) > 0
+        assert 0 < each["beside"] <= each["both"]
+    found = [displaced.Beside(**each) for each in links["beside"]]
+    assert links["displaces"] == displaced.part_displaced(found, links["fit"]["rate"])
 
 
 def row(name, ms, section="mha", **more):
