@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -362,6 +363,25 @@ def test_a_cut_last_line_of_metrics_is_left_out(tmp_path):
     file.write_text('{"step": 1}\n{"step": 2, "lo')
     assert read_metrics(file) == [{"step": 1}]
     assert read_metrics(tmp_path / "absent") == []
+
+
+def test_a_new_run_among_checkpoints_of_another_is_refused(data, tmp_path):
+    first = job(recipe(data, steps=2), tmp_path)
+    run(silent, first)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match=rf"{tmp_path} holds checkpoints[\s\S]*another folder"):
+        run(silent, first)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_metrics_of_a_run_without_checkpoints_are_set_aside(data, tmp_path, resume):
+    for number in (1, 2):
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": {number}}}\n')
+        run(silent, job(recipe(data, steps=1), tmp_path, resume=resume))
+        shutil.rmtree(tmp_path / "checkpoints")
+        assert read_metrics(tmp_path / f"metrics-{number}.jsonl") == [{"step": number}]
+        assert read_metrics(tmp_path / "metrics.jsonl")[0]["event"] == "began"
 
 
 def test_event_kinds_of_a_job(data, tmp_path):

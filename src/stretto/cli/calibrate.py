@@ -15,7 +15,8 @@ from rich.table import Table
 
 from stretto import documents
 from stretto.cli.generate_options import Scale, Seed
-from stretto.cli.whole import AT_LEAST_1, check_threads, whole, wholes
+from stretto.cli.limits import check_threads
+from stretto.cli.whole import AT_LEAST_1, whole, wholes
 from stretto.diffusion.arguments import naming_arguments
 from stretto.diffusion.calibrate import calibrate as measure
 from stretto.diffusion.calibration import Calibration, Entry, write_calibration

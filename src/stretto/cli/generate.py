@@ -22,8 +22,9 @@ from stretto.cli.generate_options import (
     ranks_of,
     threads_of,
 )
+from stretto.cli.limits import check_ranks
 from stretto.cli.screen import Screen, output
-from stretto.cli.whole import check_ranks, whole
+from stretto.cli.whole import whole
 from stretto.mesh.launch import launch, prepare
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter, validators
 
-from stretto.cli.whole import AT_LEAST_1, check_threads, whole
+from stretto.cli.limits import check_threads
+from stretto.cli.whole import AT_LEAST_1, whole
 from stretto.cluster import detect
 from stretto.errors import ConfigError, PlanMismatch
 from stretto.plan.io import read_plan

@@ -12,7 +12,8 @@ import torch
 from cyclopts import Parameter
 
 from stretto import documents
-from stretto.cli.whole import AT_LEAST_1, check_ranks
+from stretto.cli.limits import check_ranks
+from stretto.cli.whole import AT_LEAST_1
 from stretto.cluster import detect
 from stretto.cluster.model import Cluster, Device, Link, Node
 from stretto.cost.fit import Fit, fit_link

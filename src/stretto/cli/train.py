@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
+from stretto.cli.limits import check_ranks, check_threads
 from stretto.cli.screen import Screen, output
 from stretto.cli.train_options import (
     Down,
@@ -21,7 +22,6 @@ from stretto.cli.train_options import (
     plan_of,
     recipe_of,
 )
-from stretto.cli.whole import check_ranks, check_threads
 from stretto.errors import ConfigError
 from stretto.mesh.launch import prepare
 
@@ -78,9 +78,11 @@ def train(
     recipe = recipe_of(model, work, down, machine.dtype)
     plan = plan_of(split, recipe)
     check_ranks(plan.world_size)
-    _check(plan.world_size, compare, log.resume, out)
-    from stretto.train.job import Job
+    _check(plan.world_size, compare, log.resume)
+    from stretto.train.job import Job, check_unused
 
+    if not log.resume:
+        check_unused(out)
     job = Job(
         recipe=recipe,
         plan=plan,
@@ -97,7 +99,7 @@ def train(
     return 0
 
 
-def _check(ranks: int, compare: bool, resume: bool, out: Path) -> None:
+def _check(ranks: int, compare: bool, resume: bool) -> None:
     """Raise ConfigError for what would waste a run."""
     if compare and ranks < 2:
         raise ConfigError(
@@ -106,11 +108,6 @@ def _check(ranks: int, compare: bool, resume: bool, out: Path) -> None:
         )
     if compare and resume:
         raise ConfigError("--compare with --resume: one rank would have to resume too; give one")
-    if not resume and any((out / "checkpoints").glob("step-*")):
-        raise ConfigError(
-            f"{out} holds checkpoints of an earlier run\n"
-            "  to fix: --resume to go on from the newest, or another --out"
-        )
 
 
 def _run(job: Job, threads: int, compare: bool, screen: Screen) -> tuple[dict[str, Any], list[str]]:

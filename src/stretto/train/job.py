@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -51,7 +52,8 @@ class Job:
     """One run. `out`: folder for metrics and checkpoints, None for neither.
 
     `validate`, `save`: every how many steps, 0 for at the end only. `resume`: continue after the
-    newest complete checkpoint in `out`, if there is one. `until`: stop after that step, as if
+    newest complete checkpoint in `out`, if there is one; without it `out` may hold no checkpoint,
+    and metrics that it holds are set aside. `until`: stop after that step, as if
     interrupted. `timeout_s`: seconds that a wait for a peer may last.
     Raises PlanMismatch, ConfigError.
     """
@@ -97,6 +99,20 @@ def check_plan(plan: Plan) -> None:
             f"of the weights\n"
             f"  why: the trainer spreads weights over all {world} ranks, one copy in all\n"
             f"  to fix: dp: {{shard: {data.degree}}}, the same ranks, samples and gradients"
+        )
+
+
+def check_unused(out: str | os.PathLike[str] | None) -> None:
+    """Raise ConfigError for a folder in which another run would mix its checkpoints with these.
+
+    The newest of both is what a later resume would take, whichever run it is of.
+    """
+    if out is not None and any((Path(out) / CHECKPOINTS).glob("step-*")):
+        raise ConfigError(
+            f"{out} holds checkpoints of an earlier run\n"
+            "  why: a run that begins anew would leave its own among them\n"
+            "  to fix: resume (--resume, Job(resume=True)) to go on from the newest, or another "
+            "folder"
         )
 
 
@@ -177,6 +193,8 @@ class Rank:
         self.folder = Path(job.out) / CHECKPOINTS if job.out else None
 
     def run(self) -> Outcome:
+        if not self.job.resume:
+            check_unused(self.job.out)
         self.tell("reading data")
         task = task_of(self.job.recipe)
         _same_data(task, self.mesh)
@@ -361,16 +379,27 @@ def matmul_rate(device: torch.device, dtype: str) -> float:
 
 
 def _write_line(file: Path, event: Event, resumed: int) -> None:
-    """Append an event; a new start begins the file anew, a resumed one after its step."""
+    """Append an event; a run that begins anew sets an earlier file aside, a resumed one goes on
+    in it after its step."""
     try:
         if isinstance(event, Began):
             file.parent.mkdir(parents=True, exist_ok=True)
-            kept = [row for row in read_metrics(file) if resumed and row["step"] <= resumed]
-            file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            if resumed:
+                kept = [row for row in read_metrics(file) if row["step"] <= resumed]
+                file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            elif file.exists():
+                log.warning("metrics of an earlier run are now in %s", _set_aside(file))
         with file.open("a", encoding="utf-8") as opened:
             opened.write(json.dumps(line(event)) + "\n")
     except OSError as error:
         raise ConfigError(f"cannot write {file}: {error.strerror}") from None
+
+
+def _set_aside(file: Path) -> Path:
+    """Give a file the first name with a number that is free: metrics-1.jsonl, metrics-2.jsonl."""
+    names = (file.with_stem(f"{file.stem}-{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    return file.rename(aside)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

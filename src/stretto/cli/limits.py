@@ -1,0 +1,33 @@
+"""How many ranks and threads this machine can hold: checked before any of them starts."""
+
+from __future__ import annotations
+
+from stretto.cluster import detect
+from stretto.errors import ConfigError
+
+#: Memory that a rank has for itself, beside what ranks share: 49 MiB of dirty pages were seen with
+#: the shipped DiT (November 2026). More ranks than fit take the machine with them.
+RANK_BYTES = 48 * 2**20
+
+
+def check_ranks(ranks: int) -> None:
+    """Raise ConfigError for more ranks than this machine's memory can hold."""
+    memory = detect.memory_bytes()
+    if ranks * RANK_BYTES > memory:
+        raise ConfigError(
+            f"{ranks} ranks: each takes {RANK_BYTES >> 20} MiB or more for itself, and this "
+            f"machine has {memory / 2**30:.1f} GiB\n"
+            f"  to fix: at most {memory // RANK_BYTES} ranks; more than one per core or GPU of "
+            "this machine gain no speed"
+        )
+
+
+def check_threads(threads: int) -> None:
+    """Raise ConfigError for more threads per rank than there are cores: torch would crash."""
+    cores = detect.usable_cores()
+    if threads > cores:
+        raise ConfigError(
+            f"--threads {threads}: this machine has {cores} core(s)\n"
+            "  why: threads of a rank that wait for one another's core make every step slower\n"
+            f"  to fix: --threads {cores} or fewer, and fewer still with several ranks"
+        )
