@@ -1,10 +1,30 @@
 """Exit codes and where errors go."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 
 import stretto
 from stretto.cli import app as cli
 from stretto.errors import PlanMismatch
+from stretto.mesh import launch
+
+#: `stretto generate`, telling when the ranks' server is on its way.
+GENERATE = """
+import sys
+from stretto.cli import app, generate
+from stretto.mesh import launch
+
+def prepare(*given, **more):
+    launch.prepare(*given, **more)
+    print("importing", flush=True)
+
+generate.prepare = prepare
+sys.exit(app.main(["generate", "--ranks", "2", "--out", sys.argv[1]]))
+"""
 
 
 def raises(error):
@@ -45,3 +65,35 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(cli, "build", raises(ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError):
         cli.main(["fail"])
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_is_one_line_and_130(monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(cli, "COMMANDS", {"wait": (f"{__name__}:interrupted", "Wait.")})
+    monkeypatch.setattr(launch, "abandon", lambda: ended.append(True))
+    assert cli.main(["wait"]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+    assert ended
+
+
+@pytest.mark.ranks
+def test_an_interrupt_while_torch_is_imported_leaves_no_traceback(tmp_path):
+    """Ctrl-C goes to the whole group: this process, and the server that imports for the ranks."""
+    with subprocess.Popen(
+        [sys.executable, "-c", GENERATE, str(tmp_path / "out")],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "importing\n"
+        os.killpg(process.pid, signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert told == "interrupted\n"
+    assert process.returncode == 130
+    assert not (tmp_path / "out").exists()

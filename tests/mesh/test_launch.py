@@ -28,6 +28,10 @@ def alone(tell, number):
     return number, os.getpid()
 
 
+def hears(tell):
+    return signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 def refuses(tell, kind, message):
     mesh = init_mesh(TWO, device="cpu", timeout_s=30)
     if mesh.world_rank == 1:
@@ -112,6 +116,11 @@ def test_results_in_rank_order_and_notes_arrive():
     last = {rank: note["stage"] for rank, note in notes}
     assert last == {0: "done", 1: "done"}
     assert_all_ended(notes)
+
+
+@pytest.mark.ranks
+def test_a_rank_hears_interrupts_that_its_server_does_not():
+    assert run(hears) == [True, True]
 
 
 @pytest.mark.ranks

@@ -1,7 +1,7 @@
 """The `stretto` command: a table of commands, each imported only when called.
 
 Exit codes: 0 done; 1 a failed check or a bug (with traceback); 2 an error of the tree or a
-command line that does not parse.
+command line that does not parse; 130 interrupted by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def build() -> App:
         help="Make a large model run well on the devices at hand.",
         version=stretto.__version__,
         default_parameter=Parameter(negative=()),
+        suppress_keyboard_interrupt=False,
     )
     for name, (target, line) in COMMANDS.items():
         app.command(target, name=name, help=line)
@@ -63,6 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StrettoError as error:
         _print_error(error)
         return 2
+    except KeyboardInterrupt:
+        from stretto.mesh.launch import abandon  # a clean run never needs it
+
+        abandon()
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _print_error(error: StrettoError) -> None:

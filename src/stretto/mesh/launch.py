@@ -22,7 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,27 @@ def prepare(preload: Sequence[str] = (), *, threads: int = 1) -> None:
     """Start importing torch and `preload` in the background, in the server ranks come from.
 
     Worth calling as early as possible, before this process imports torch itself. A second call
-    does nothing.
+    does nothing. Ctrl-C in the terminal is for this process alone: the server does not hear it, a
+    rank only once it has begun.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, *preload])
+    # The server would start the tracker, which lets interrupts through once it runs.
+    resource_tracker.ensure_running()
     # Thread pools read this once, when torch is imported.
-    with _environment("OMP_NUM_THREADS", str(threads)):
+    with _environment("OMP_NUM_THREADS", str(threads)), _interrupts_held():
         forkserver.ensure_running()
+
+
+def abandon() -> None:
+    """End the server that `prepare` started, wherever it is in its imports, for who goes at once.
+
+    Ranks that it was asked for and has not begun would find nobody that they belong to.
+    """
+    server = forkserver._forkserver._forkserver_pid
+    if server is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server, signal.SIGKILL)
 
 
 def launch(
@@ -300,11 +314,25 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Inside, and in a process that is started inside, SIGINT waits until it is let through.
+
+    The server would print a traceback of its imports. Not ignored, since its ranks would be too.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 # ---- a rank ----------------------------------------------------------------------------------
 
 
 def _rank(job: _Job) -> None:
     """Body of a rank: run the entry, leave its result or error in the folder."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     _end_soon_when_asked()
     sys.path[:] = job.path
     folder, rank = Path(job.folder), int(os.environ["RANK"])
