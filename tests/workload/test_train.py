@@ -57,6 +57,27 @@ def test_a_config_file_or_its_folder(tmp_path):
         assert getattr(arch, name) == getattr(preset, name)
 
 
+@pytest.mark.parametrize(
+    "experts",
+    [
+        {"num_local_experts": 8, "num_experts_per_tok": 2},
+        {"num_experts": 128, "moe_intermediate_size": 768},
+        {"n_routed_experts": 64, "n_shared_experts": 2},
+        {"ffn_config": {"moe_num_experts": 16}},
+    ],
+)
+def test_experts_are_refused_and_not_miscounted(experts):
+    with pytest.raises(ConfigError, match=r"config: \w+_experts \d+: layers of experts"):
+        from_config(LLAMA | experts)
+    with pytest.raises(ConfigError, match="layers of experts are not counted"):
+        from_config({"text_config": LLAMA | experts})
+
+
+@pytest.mark.parametrize("none", [{"num_experts": None}, {"num_experts": 0}, {"num_experts": 1}])
+def test_a_single_expert_is_a_dense_layer(none):
+    assert from_config(LLAMA | none) == from_config(LLAMA)
+
+
 def test_other_families_keys():
     gpt2 = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 10, "model_type": "gpt2"}
     arch = from_config(gpt2)

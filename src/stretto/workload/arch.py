@@ -14,6 +14,9 @@ from typing import Any
 from stretto.errors import ConfigError
 
 _MISSING = object()
+#: Keys that count the experts of a layer: Mixtral's and GPT-OSS's, Qwen's and OLMoE's, DeepSeek's,
+#: DBRX's and ERNIE's.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,10 +141,12 @@ def read_arch(model: str | os.PathLike[str]) -> Arch:
 def from_config(fields: dict[str, Any], *, source: str = "config") -> Arch:
     """An Arch from the keys of a Hugging Face causal-LM config.
 
-    Raises ConfigError for keys that are missing, are no counts, or contradict one another.
+    Raises ConfigError for keys that are missing, are no counts, or contradict one another, and
+    for layers of experts.
     """
     # Vision-language models nest the decoder.
     fields = fields.get("text_config") or fields
+    _check_dense(fields, source)
     heads = _count(fields, source, "num_attention_heads", "n_head", "num_heads")
     width = _count(fields, source, "hidden_size", "n_embd", "d_model")
     kv_heads = _count(fields, source, "num_key_value_heads", "num_kv_heads", default=heads)
@@ -162,6 +167,22 @@ def from_config(fields: dict[str, Any], *, source: str = "config") -> Arch:
         tied=bool(fields.get("tie_word_embeddings", True)),
         window=_window(fields, source),
     )
+
+
+def _check_dense(fields: dict[str, Any], source: str) -> None:
+    """Raise ConfigError for a model with experts: an Arch would count one feed-forward a layer."""
+    # DBRX nests the experts.
+    places = (fields, fields.get("ffn_config") or {})
+    found = {name: place[name] for place in places for name in _EXPERTS if place.get(name)}
+    for name, experts in found.items():
+        if experts != 1:
+            raise ConfigError(
+                f"{source}: {name} {experts!r}: layers of experts are not counted yet\n"
+                "  why: parameters, memory and seconds would be wrong, those of one feed-forward "
+                "block a layer\n"
+                "  to fix: the config of a dense model; training needs no counts where --cp names "
+                "its plan"
+            )
 
 
 def _gated(fields: dict[str, Any]) -> bool:
