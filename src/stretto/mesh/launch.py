@@ -76,7 +76,8 @@ def abandon() -> None:
 
     Ranks that it was asked for and has not begun would find nobody that they belong to.
     """
-    server = forkserver._forkserver._forkserver_pid
+    # The standard library's own name: without it the server still ends, after its imports.
+    server = getattr(forkserver._forkserver, "_forkserver_pid", None)
     if server is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(server, signal.SIGKILL)
