@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stretto.diffusion.api import emulate
+from stretto.errors import LatentsEdited
 from stretto.plan.model import Plan
 from stretto.plan.options import Listed, Steps
 from stretto.testing import models
@@ -58,3 +59,36 @@ def test_a_pipeline_keeps_its_signature_inside():
     with emulate(pipe, Plan(step=2)):
         assert inspect.signature(type(pipe).__call__) == before
         assert "generator" in inspect.signature(pipe.__call__).parameters
+
+
+def in_place(first, scale=0.5):
+    """A callback that writes into the latents themselves, from step `first` on."""
+
+    def callback(pipe, i, t, values):
+        if i >= first:
+            values["latents"].mul_(scale)
+        return values
+
+    return {"callback_on_step_end": callback}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_latents_written_into_from_the_start_are_walked_by_a_leader(mode):
+    """The tensor that the step returned comes back, with other values in it."""
+    case = case_of("DDIMScheduler")
+    pipe = case.pipeline()
+    alone = Steps(degree=2, windows=Listed(sizes=(1,) * 8), exact_split=False)
+    with mode():
+        plain = case.call(pipe, **in_place(0))
+        with emulate(pipe, Plan(step=alone)) as run:
+            inside = case.call(pipe, **in_place(0))
+    assert run.report.walk == "leader"
+    assert torch.equal(inside, plain)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_latents_written_into_later_are_refused(mode):
+    case = case_of("DDIMScheduler")
+    pipe = case.pipeline()
+    with mode(), emulate(pipe, Plan(step=2)), pytest.raises(LatentsEdited, match="leader"):
+        case.call(pipe, **in_place(3))

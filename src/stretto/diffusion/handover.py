@@ -19,12 +19,16 @@ class Handover:
         self._randomness = randomness
         self._result: Any = None
         self._version: int | None = None
+        self._copy: Tensor | None = None
         self._recurrent: dict[str, int] = {}
 
     def leave(self, result: Any) -> None:
         """A step returned `result`; from here on random draws are the pipeline's own."""
         self._result = result
-        self._version = version_of(sample_of(result))
+        sample = sample_of(result)
+        self._version = version_of(sample)
+        # Inference mode counts no writes: only a copy tells.
+        self._copy = sample.clone() if self._version is None else None
         self._randomness.mark()
 
     def find_recurrent(self, call: StepCall) -> None:
@@ -43,18 +47,19 @@ class Handover:
         """Did the pipeline change latents, or draw random numbers, since the step before?
 
         A tensor of one truth value on the device of the latents; None before the second step, and
-        where the very tensor that the step returned comes back, unwritten.
+        where the very tensor that the step returned comes back, unwritten. Where it was written
+        into, what it held is gone: that counts as a change.
         """
         if self._result is None:
             return None
         before = sample_of(self._result)
-        version = version_of(before)
-        is_untouched = before is call.sample and version is not None and version == self._version
-        if is_untouched and not self._randomness.moved():
-            return None
-        if before.shape != call.sample.shape or self._randomness.moved():
+        is_written = version_of(before) != self._version
+        if is_written or before.shape != call.sample.shape or self._randomness.moved():
             return torch.ones((), dtype=torch.bool)
-        return (before.to(call.sample.dtype) != call.sample).any()
+        if self._copy is None and before is call.sample:
+            return None
+        held = before if self._copy is None else self._copy
+        return (held.to(call.sample.dtype) != call.sample).any()
 
     def continued(self, call: StepCall, result: Any) -> StepCall:
         """A recorded call on the true sample, cast as the pipeline cast it, with carried extras."""
