@@ -77,10 +77,21 @@ def test_automatic_plan(ranks, guided, step, cfg):
         ("latte", {}, True),
         # A distilled model: its scale is an input of the network, there is one branch.
         ("flux-distilled", {"guidance_scale": 3.5}, False),
+        ("flux-distilled", {"true_cfg_scale": 2.0}, False),
+        ("flux-distilled", {"true_cfg_scale": 2.0, "negative_prompt": "blur"}, True),
+        ("dit", {"guidance_scale": 4.0}, True),
+        ("dit", {"guidance_scale": 1.0}, False),
     ],
 )
 def test_guidance_is_two_branches_not_a_number(name, call, expected):
-    assert guides(CASES[name].pipeline(), call) is expected
+    assert guides((CASES | OTHERS)[name].pipeline(), call) is expected
+
+
+def test_a_denoiser_that_takes_the_scale_as_an_input_has_one_branch():
+    pipe = CASES["sd15-ddim"].pipeline()
+    assert guides(pipe, {"guidance_scale": 7.5})
+    pipe.unet.register_to_config(time_cond_proj_dim=256)
+    assert not guides(pipe, {"guidance_scale": 7.5})
 
 
 def test_degree_above_steps_is_refused():

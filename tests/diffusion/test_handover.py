@@ -1,9 +1,12 @@
 """Between two scheduler steps: schedulers that return or keep unusual things."""
 
 import inspect
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from stretto.diffusion.api import emulate
 from stretto.errors import LatentsEdited
@@ -92,3 +95,50 @@ def test_latents_written_into_later_are_refused(mode):
     pipe = case.pipeline()
     with mode(), emulate(pipe, Plan(step=2)), pytest.raises(LatentsEdited, match="leader"):
         case.call(pipe, **in_place(3))
+
+
+class IntoItsOwn(DiffusionPipeline):
+    """Writes what a step returns into the latents that it gave: the whole, or behind fixed rows."""
+
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, rows=2, since=0, generator=None, **_):
+        generator = torch.Generator().manual_seed(4)
+        text = torch.randn(1, 6, 16, generator=generator)
+        latents = torch.randn(1, 4, 8, 8, generator=generator)
+        self.scheduler.set_timesteps(8)
+        for index, t in enumerate(self.scheduler.timesteps):
+            guided = self.unet(latents, t, encoder_hidden_states=text, return_dict=False)[0]
+            if index < since:
+                latents = self.scheduler.step(guided, t, latents, return_dict=False)[0]
+                continue
+            moved = latents[:, :, rows:]
+            moved.copy_(self.scheduler.step(guided[:, :, rows:], t, moved, return_dict=False)[0])
+        return SimpleNamespace(images=latents)
+
+
+def into_its_own(rows):
+    def build():
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        pipe = IntoItsOwn(unet.sd15("EulerDiscreteScheduler").unet, scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return replace(models.CASES["sd15-ddim"], build=build, inputs=lambda: {"rows": rows})
+
+
+@pytest.mark.parametrize("walk", ["auto", "replay", "leader"])
+@pytest.mark.parametrize("rows", [0, 2])
+def test_a_pipeline_may_overwrite_the_latents_that_it_gave(rows, walk):
+    assert all(exact(into_its_own(rows), walk))
+
+
+def test_latents_first_overwritten_inside_a_window_cannot_be_replayed():
+    case = into_its_own(0)
+    pipe = case.pipeline()
+    steps = Steps(degree=3, windows=Listed(sizes=(1, 3, 3, 1)))
+    with emulate(pipe, Plan(step=steps)), pytest.raises(LatentsEdited, match=r"step 3: .* step 2"):
+        case.call(pipe, since=2)

@@ -18,7 +18,7 @@ from stretto.errors import (
     SplitMismatch,
     UnsupportedPipeline,
 )
-from stretto.mesh.local import LocalWorld
+from stretto.mesh.local import LocalMesh, LocalWorld
 from stretto.plan.model import Plan
 from stretto.plan.options import Adaptive, Listed, Parastep, Steps, Tail
 from stretto.testing import models
@@ -398,3 +398,17 @@ def test_a_rank_that_stalls():
 def test_ranks_with_unequal_inputs():
     with pytest.raises(LaunchError, match="RanksDisagree"):
         run_ranks(faulty, {"step": 2}, "seed", timeout_s=150)
+
+
+def test_waits_are_long_in_the_first_window_only(monkeypatch):
+    """Each may take what was asked for; kernels that load at their first use take longer."""
+    allowed = []
+    monkeypatch.setattr(
+        LocalMesh, "allow", lambda mesh, s: allowed.append(s) or setattr(mesh, "timeout_s", s)
+    )
+    pipe = FLOW.pipeline()
+    with emulate(pipe, Plan(step=2), timeout_s=60) as run:
+        FLOW.call(pipe)
+    assert run.report.sizes.count(2) > 1
+    assert allowed[:2] == [180, 180]
+    assert set(allowed[2:]) == {60}

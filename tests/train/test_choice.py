@@ -3,7 +3,7 @@
 import pytest
 
 from stretto.cluster.model import Cluster, Device, Node
-from stretto.errors import ConfigError
+from stretto.errors import ConfigError, PlanMismatch
 from stretto.train.choice import best_context, ranked, state_bytes
 from tests.train.make import ADAMW, SGD, recipe
 
@@ -40,3 +40,21 @@ def test_one_device_does_not_say_what_two_would_talk_over(tmp_path):
     alone.write(tmp_path / "alone.yaml")
     with pytest.raises(ConfigError, match="has 1 device and no link within here"):
         best_context(recipe(None), 2, 1, tmp_path / "alone.yaml")
+
+
+def test_a_micro_batch_is_priced_as_one_call():
+    given = recipe(None, sequences=4)
+    one, four = (ranked(given, 2, micro_batch=size) for size in (1, 4))
+    assert {choice.plan.dp.micro_batch for choice in four.choices} == {4}
+    # Of two groups each has two sequences, no micro-batch of four.
+    assert {choice.plan.dp.degree for choice in one.choices} == {1, 2}
+    assert {choice.plan.dp.degree for choice in four.choices} == {1}
+    calls = {
+        name: {c.plan.cp: c.estimate for c in found.choices if c.plan.dp.degree == 1}
+        for name, found in (("one", one), ("four", four))
+    }
+    for context, estimate in calls["four"].items():
+        assert 4 * estimate.calls == calls["one"][context].calls
+        assert estimate.memory.total > calls["one"][context].memory.total
+    with pytest.raises(PlanMismatch, match="micro-batch 3 does not divide 4; legal are 1, 2, 4"):
+        best_context(given, 2, 1, micro_batch=3)

@@ -174,6 +174,7 @@ class Subject:
         steps = Steps(degree=degree, windows=windows, predictor=predictor, exact_split=False)
         with emulate(self._pipe, Plan(step=steps), reuse=True) as run:
             pictures = self._held_out(self.setting.steps, f"p={degree}: {who}")
+        assert run.report is not None, "a picture was generated"
         assert run.report.depth == self._depth(degree), "schedules are compared at one depth"
         return self._row(who, degree, pictures) | {"windows": list(run.report.sizes)}
 

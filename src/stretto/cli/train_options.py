@@ -246,7 +246,8 @@ def _plan(split: Split, recipe: Recipe) -> Plan:
     if split.cp == "auto" and shared > 1:
         from stretto.train.choice import best_context
 
-        context, origin = best_context(recipe, shared, fsdp, split.cluster)
+        micro = split.micro_batch or 1
+        context, origin = best_context(recipe, shared, fsdp, split.cluster, micro_batch=micro)
     elif split.cp is not None and split.cp != "auto":
         context = Context.named(split.cp, shared)
     data = Data(shard=fsdp, micro_batch=split.micro_batch or 1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from stretto import axes
 from stretto.plan.model import Plan
+from stretto.plan.moves import PASSES
 from stretto.plan.options import AttentionCase
 from stretto.plan.schedule import Schedule, schedule
 
@@ -79,21 +80,32 @@ def ledger(plan: Plan, case: AttentionCase, nodes: Sequence[int]) -> Ledger:
     Without a cluster all ranks are of one node.
     """
     sizes, lines = plan.sizes, ({}, {})
-    walks = [schedule(plan.cp, case.at(rank)) for rank in range(plan.cp.degree)]
     per_rank, out = [0] * plan.cp.degree, dict.fromkeys(nodes, 0)
-    for world in range(plan.world_size):
-        rank, sends = axes.position(world, "cp", sizes), 0
-        near = _Near(world, sizes, nodes)
-        for found, name in zip(lines, ("forward", "backward"), strict=True):
-            for key, (sent, messages, inside) in _sums(walks[rank], name, near).items():
-                found.setdefault(key, Line(*key)).add(sent, messages, inside)
-                sends += sent
-                out[nodes[world]] += sent - inside
-        per_rank[rank] = sends
+    steps, peak = 0, 0.0
+    # Rank by rank, since the schedules of 1000 ranks are millions of moves.
+    for rank, worlds in enumerate(_worlds(plan)):
+        done = schedule.__wrapped__(plan.cp, case.at(rank))
+        for world in worlds:
+            near, sends = _Near(world, sizes, nodes), 0
+            for found, name in zip(lines, PASSES, strict=True):
+                for key, (sent, messages, inside) in _sums(done, name, near).items():
+                    found.setdefault(key, Line(*key)).add(sent, messages, inside)
+                    sends += sent
+                    out[nodes[world]] += sent - inside
+            per_rank[rank] = sends
+        steps = max(steps, sum(1 for _ in done.forward.steps))
+        peak = max(peak, done.peak_blocks())
     forward, backward = (tuple(line for line in each.values() if line.most) for each in lines)
-    steps = max(sum(1 for _ in walk.forward.steps) for walk in walks)
-    peak = max(walk.peak_blocks() for walk in walks)
     return Ledger(forward, backward, tuple(per_rank), out, steps, peak)
+
+
+def _worlds(plan: Plan) -> list[list[int]]:
+    """Ranks of the world by their logical index in attention: one of each group of data ranks."""
+    found: list[list[int]] = [[] for _ in range(plan.cp.degree)]
+    sizes = plan.sizes
+    for world in range(plan.world_size):
+        found[axes.position(world, "cp", sizes)].append(world)
+    return found
 
 
 @dataclass(slots=True)
@@ -120,7 +132,9 @@ def _sums(done: Schedule, name: str, near: _Near) -> dict[tuple[str, str, str], 
     for move in done.moves((name,)):
         entry = sums.setdefault((move.phase, move.verb, move.axis), [0, 0, 0])
         inside = near.on(move.axis)
-        entry[0] += move.sent
-        entry[1] += move.messages
-        entry[2] += move.row_bytes * sum(n.rows for p, n in move.sends.items() if p in inside)
+        for place, rows in move.sends.items():
+            sent = move.row_bytes * rows.rows
+            entry[0] += sent
+            entry[1] += bool(rows)
+            entry[2] += sent if place in inside else 0
     return sums

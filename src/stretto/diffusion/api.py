@@ -92,6 +92,12 @@ def emulate(
     A stochastic scheduler needs an explicit generator: UnsupportedPipeline.
     """
     check_pipeline(pipe)
+    if getattr(type(pipe), "is_emulated", False):
+        raise UnsupportedPipeline(
+            f"{type(pipe).__name__} is inside emulate() already, whose plan would be followed; "
+            "leave that block first, or make a second pipeline of the same modules: "
+            "type(pipe)(**pipe.components)"
+        )
     chosen = resolved(plan_in(plan), pipe, denoiser=denoiser)
     if predictors is not None:
         check_predictors(predictors, chosen.world_size)
@@ -105,6 +111,8 @@ def emulate(
     emulation = Emulation(pipe, chosen, denoiser, predictors, **ways)
 
     class Emulated(plain):
+        is_emulated = True
+
         @functools.wraps(plain.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return emulation.call(plain.__call__, *args, **kwargs)
@@ -138,8 +146,9 @@ class Emulation:
         self._once: Once | None = None
 
     @property
-    def report(self) -> Report:
-        return self.reports[0]
+    def report(self) -> Report | None:
+        """Rank 0's report of the last call, None before the first."""
+        return self.reports[0] if self.reports else None
 
     def call(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """The call on every virtual rank; rank 0's result, and its generators' final states."""

@@ -115,7 +115,7 @@ def _check_finite(start: int, rank: int | None, largest: Tensor) -> None:
             whose = position if rank is None else rank
             raise NonFinite(
                 f"step rank {whose}: the prediction of step {start + position} holds NaN or "
-                "infinity; use a wider dtype (bfloat16 or float32) or a smaller guidance scale"
+                "infinity; use a smaller guidance scale, or bfloat16 or float32 where it is float16"
             )
 
 

@@ -20,7 +20,11 @@ class Handover:
         self._result: Any = None
         self._version: int | None = None
         self._copy: Tensor | None = None
+        self._given: Tensor | None = None
+        self._given_version: int | None = None
         self._recurrent: dict[str, int] = {}
+        #: Whether the pipeline wrote into latents after it had given them to a step.
+        self.overwrites = False
 
     def leave(self, result: Any) -> None:
         """A step returned `result`; from here on random draws are the pipeline's own."""
@@ -60,6 +64,19 @@ class Handover:
             return None
         held = before if self._copy is None else self._copy
         return (held.to(call.sample.dtype) != call.sample).any()
+
+    def lasting(self, call: StepCall) -> StepCall:
+        """The call on latents that stay as they are, so that a replay can step them again.
+
+        A pipeline may write what a step returned into the latents it gave (Kandinsky 5 does). One
+        that does is known by its first step; from then on, and in inference mode, they are copied.
+        """
+        if self._given is not None and version_of(self._given) != self._given_version:
+            self.overwrites = True
+        self._given, self._given_version = call.sample, version_of(call.sample)
+        if self.overwrites or self._given_version is None:
+            return call.replaced(sample=call.sample.clone())
+        return call
 
     def continued(self, call: StepCall, result: Any) -> StepCall:
         """A recorded call on the true sample, cast as the pipeline cast it, with carried extras."""

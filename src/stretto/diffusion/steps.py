@@ -191,6 +191,7 @@ class StepRun:
             if not self.provisional:
                 self.handover.find_recurrent(call)
             self._watch_for_edits(call)
+            call = self._lasting(call)
         result = self._exact(call) if self.window.size == 1 else self._parallel(call)
         self._advance(call, result)
         return result
@@ -318,7 +319,7 @@ class StepRun:
         if window.size > 1 and not self._is_warm:
             # Every denoiser call of this form has been made once, on every rank.
             self._is_warm = True
-            self.mesh.allow(self.mesh.timeout_s / WARMING_UP)
+            self.mesh.allow(self.mesh.mesh.timeout_s / WARMING_UP)
         if self._is_heard and self.position < len(self.noise):
             self.predictor.close_window(window.start, window.size)
         self.report.add(
@@ -356,6 +357,19 @@ class StepRun:
                 self._follow_a_leader()
             return
         self.deferred.check(edited, partial(_refuse_edits, self.position))
+
+    def _lasting(self, call: StepCall) -> StepCall:
+        """The call on latents of its own, if the pipeline overwrites those that it gives."""
+        was_known = self.handover.overwrites
+        call = self.handover.lasting(call)
+        is_late = self.handover.overwrites and not was_known and self.provisional
+        if is_late and not isinstance(self.walk, Leader):
+            raise LatentsEdited(
+                f"step {self.position}: the pipeline or a callback wrote into the latents of step "
+                f"{self.position - 1} after that step, inside a window, so it cannot be replayed; "
+                'use Steps(walk="leader")'
+            )
+        return call
 
     def _follow_a_leader(self) -> None:
         if isinstance(self.plan.step.windows, Adaptive):

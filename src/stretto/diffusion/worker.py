@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -31,6 +32,8 @@ from stretto.plan.options import Steps
 
 #: Names under which pipelines take the strength of classifier-free guidance.
 _SCALES = ("guidance_scale", "max_guidance_scale")
+#: How pipelines ask themselves whether there are two branches.
+_ASKS = re.compile(r"do_classifier_free_guidance|guidance_scale > 1")
 #: A rank that idles while another computes alone is no stall; the launcher watches that one.
 _IDLE_S = 7 * 24 * 3600.0
 _NOTE_EVERY_S = 0.2
@@ -204,20 +207,29 @@ def guides(pipe: Any, call: Mapping[str, Any]) -> bool:
     """Does this call evaluate a guided and an unguided branch?
 
     `guidance_scale` alone does not say: distilled models take it as an input. Pipelines with two
-    branches ask themselves `do_classifier_free_guidance`.
+    branches ask whether it is above 1, and those that also have a distilled one, whether a
+    `true_cfg_scale` is and there is something to guide away from.
     """
     plain = type(pipe)
-    own = _source_of(plain)
-    if "do_classifier_free_guidance" not in own and not hasattr(
-        plain, "do_classifier_free_guidance"
-    ):
-        return False
     parameters = inspect.signature(plain.__call__).parameters
-    for name in _SCALES:
-        if name in parameters:
-            scale = call.get(name, parameters[name].default)
-            return isinstance(scale, (int, float)) and scale > 1.0
-    return False
+
+    def exceeds_one(name: str) -> bool:
+        scale = call.get(name, parameters[name].default)
+        return isinstance(scale, (int, float)) and scale > 1.0
+
+    if "true_cfg_scale" in parameters:
+        away = (call.get(name) for name in ("negative_prompt", "negative_prompt_embeds"))
+        return exceeds_one("true_cfg_scale") and any(each is not None for each in away)
+    is_asked = _ASKS.search(_source_of(plain)) or hasattr(plain, "do_classifier_free_guidance")
+    if not is_asked or _embeds_scale(pipe):
+        return False
+    return next((exceeds_one(name) for name in _SCALES if name in parameters), False)
+
+
+def _embeds_scale(pipe: Any) -> bool:
+    """Whether the denoiser takes the scale as an input, as those distilled for few steps do."""
+    config = getattr(getattr(pipe, "unet", None), "config", {})
+    return config.get("time_cond_proj_dim") is not None
 
 
 def media_of(pipe: Any, result: Any, call: Mapping[str, Any]) -> Media:

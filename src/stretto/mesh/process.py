@@ -240,7 +240,7 @@ class ProcessMesh(Mesh):
             return RankLost(f"{head}, and so did the launcher's store {detail}")
         if not lost:
             return MeshTimeout(
-                f"{head}: no answer within {self.timeout_s:g} s {detail}; raise timeout_s"
+                f"{head}: no answer within {self.timeout_s:g} s {detail}; raise timeout_s (--timeout)"
             )
         names = "; ".join(_describe(rank, note) for rank, note in lost.items())
         return RankLost(f"{head}, lost: {names} {detail}")

@@ -15,7 +15,7 @@ from stretto import axes
 from stretto.cluster.model import Cluster
 from stretto.cost.train import TrainEstimate, bound, estimate
 from stretto.errors import Infeasible
-from stretto.plan.checks import divisors
+from stretto.plan.checks import check_divides, divisors
 from stretto.plan.context import legal_ulysses, named_points
 from stretto.plan.model import Origin, Placement, Plan
 from stretto.plan.options import Context, Data, DoubleRing, Gather, Schedule, StarTrail, Tile
@@ -111,15 +111,19 @@ def _row(choice: TrainChoice) -> str:
     return f"{' '.join(cells)}  {choice.plan}{name}"
 
 
-def rank_plans(training: Training, cluster: Cluster, *, ranks: int | None = None) -> TrainRanking:
+def rank_plans(
+    training: Training, cluster: Cluster, *, ranks: int | None = None, micro_batch: int = 1
+) -> TrainRanking:
     """Every legal plan for `ranks` devices of a cluster (all of them by default), fastest first.
 
+    Each takes `micro_batch` sequences at once. Groups whose sequences those do not divide are left
+    out.
     Raises Infeasible when none fits: by how much the leanest exceeds memory; ConfigError for a
-    dtype whose rate the cluster does not know.
+    dtype whose rate the cluster does not know; PlanMismatch as `candidates`.
     """
     used = cluster.first(ranks or cluster.size)
     choices, dropped = [], []
-    for plan, name in candidates(training, used):
+    for plan, name in candidates(training, used, micro_batch):
         choice = TrainChoice(plan, estimate(training, used, plan), name)
         if choice.estimate.fits:
             choices.append(choice)
@@ -130,16 +134,22 @@ def rank_plans(training: Training, cluster: Cluster, *, ranks: int | None = None
     return TrainRanking(tuple(_ordered(choices)), tuple(dropped), training, used)
 
 
-def candidates(training: Training, cluster: Cluster) -> Iterator[tuple[Plan, str]]:
-    """(plan, name) of all plans for the whole cluster; the name of a named point, else ""."""
+def candidates(
+    training: Training, cluster: Cluster, micro_batch: int = 1
+) -> Iterator[tuple[Plan, str]]:
+    """(plan, name) of all plans for the whole cluster; the name of a named point, else "".
+
+    Raises PlanMismatch for micro-batches that do not divide the sequences of a step.
+    """
     inside = node_size(cluster)
-    for dp in divisors(math.gcd(training.sequences, cluster.size)):
+    check_divides("micro-batch", micro_batch, training.sequences)
+    for dp in divisors(math.gcd(training.sequences // micro_batch, cluster.size)):
         seen: set[Context] = set()
         for context, name in contexts(training, cluster, cluster.size // dp):
             if context in seen:
                 continue
             seen.add(context)
-            plan = Plan(kind="train", dp=Data(shard=dp), cp=context)
+            plan = Plan(kind="train", dp=Data(shard=dp, micro_batch=micro_batch), cp=context)
             yield plan, name
             if context.degree > inside:
                 for placement in placements(context):

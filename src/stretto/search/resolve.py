@@ -22,6 +22,7 @@ def resolve(steps: Steps, noise: Sequence[float]) -> tuple[int, ...]:
         warmup = min(5, max(1, num_steps // 4)) if option.warmup is None else option.warmup
         sizes = windows.published(num_steps, degree, warmup)
     elif isinstance(option, Tail):
+        _check_depth(option, num_steps, degree)
         sizes = windows.tail(noise, degree, option.depth)
     elif isinstance(option, Fixed):
         sizes = windows.fixed(num_steps, degree, option.warmup, option.cooldown)
@@ -35,6 +36,17 @@ def resolve(steps: Steps, noise: Sequence[float]) -> tuple[int, ...]:
         )
     windows.check(sizes, num_steps, degree)
     return tuple(sizes)
+
+
+def _check_depth(option: Tail, num_steps: int, degree: int) -> None:
+    """Raise PlanMismatch for more evaluations than there are steps: all would be exact, unasked."""
+    if option.depth is not None and option.depth > num_steps:
+        raise PlanMismatch(
+            f"depth {option.depth} of {num_steps} steps\n"
+            "  why: depth counts evaluations one after another, and at one a step all are exact\n"
+            f"  to fix: depth {windows.least_depth(num_steps, degree)} to {num_steps}, or no step "
+            "axis for all of them exact"
+        )
 
 
 def guess_error(sizes: Sequence[int], noise: Sequence[float]) -> float:

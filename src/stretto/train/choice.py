@@ -22,13 +22,20 @@ _RATES = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
 
 
 def best_context(
-    recipe: Recipe, ranks: int, fsdp: int, cluster: str | os.PathLike[str] | None = None
+    recipe: Recipe,
+    ranks: int,
+    fsdp: int,
+    cluster: str | os.PathLike[str] | None = None,
+    *,
+    micro_batch: int = 1,
 ) -> tuple[Context, Origin]:
     """The attention plan for `ranks` ranks beside `fsdp` groups, and where it came from.
 
+    Priced with `micro_batch` sequences at once: fewer and longer calls, more memory.
+
     Raises PlanMismatch where none is legal and fits; and as `ranked` does.
     """
-    ranking = ranked(recipe, ranks * fsdp, cluster)
+    ranking = ranked(recipe, ranks * fsdp, cluster, micro_batch=micro_batch)
     fitting = [choice for choice in ranking.choices if choice.plan.dp.degree == fsdp]
     if not fitting:
         raise PlanMismatch(
@@ -41,7 +48,11 @@ def best_context(
 
 
 def ranked(
-    recipe: Recipe, ranks: int, cluster: str | os.PathLike[str] | None = None
+    recipe: Recipe,
+    ranks: int,
+    cluster: str | os.PathLike[str] | None = None,
+    *,
+    micro_batch: int = 1,
 ) -> TrainRanking:
     """All plans for a recipe. `cluster` None: CPU ranks of one machine, as measured on two cores.
 
@@ -53,7 +64,7 @@ def ranked(
     fields |= {"recompute": recipe.recompute, "state_bytes": state_bytes(recipe)}
     training = Training.of(arch_of(recipe), recipe.tokens, **fields)
     machine = Cluster.read("cpu-x2") if cluster is None else Cluster.read(cluster)
-    return rank_plans(training, _of_size(machine, ranks), ranks=ranks)
+    return rank_plans(training, _of_size(machine, ranks), ranks=ranks, micro_batch=micro_batch)
 
 
 def state_bytes(recipe: Recipe) -> int:
