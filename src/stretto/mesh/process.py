@@ -239,9 +239,8 @@ class ProcessMesh(Mesh):
         except RuntimeError:
             return RankLost(f"{head}, and so did the launcher's store {detail}")
         if not lost:
-            return MeshTimeout(
-                f"{head}: no answer within {self.timeout_s:g} s {detail}; raise timeout_s (--timeout)"
-            )
+            limit = f"no answer within {self.timeout_s:g} s"
+            return MeshTimeout(f"{head}: {limit} {detail}; raise timeout_s (--timeout)")
         names = "; ".join(_describe(rank, note) for rank, note in lost.items())
         return RankLost(f"{head}, lost: {names} {detail}")
 
