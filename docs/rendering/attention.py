@@ -63,7 +63,7 @@ def gpus(result: Result) -> list[str]:
     """Per case: one GPU, torch's own, and of our plans the best, the worst and auto by carrier."""
     timed = [row for row in result["rows"] if "median_ms" in row]
     lines = [_gate(result["rows"]), ""]
-    lines += table(("carrier", "GB/s each way", "latency us", "fit off by"), _links(result))
+    lines += table(_LINK_COLUMNS, _links(result))
     for case, rows in groupby(timed, key=lambda row: (row["section"], row["tokens"])):
         own = list(rows)
         heads = "{}:{}".format(*own[0]["heads"])
@@ -73,6 +73,13 @@ def gpus(result: Result) -> list[str]:
     return [*lines, *table(("failed", "why"), failed), *skipped(result)]
 
 
+_LINK_COLUMNS = (
+    "carrier",
+    "GB/s each way",
+    "latency us",
+    "fit off by",
+    "of a message's time, lost to kernels",
+)
 _GPU_COLUMNS = (
     "plan",
     "carrier",
@@ -99,6 +106,7 @@ def _links(result: Result) -> list[tuple[object, ...]]:
             told["fit"]["rate"] / 1e9,
             told["fit"]["latency"] * 1e6,
             f"{told['fit']['spread']:.0%}",
+            told.get("displaces", "-"),
         )
         for carrier, told in result.get("links", {}).items()
     ]
