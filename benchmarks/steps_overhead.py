@@ -55,14 +55,16 @@ class EchoMesh(Mesh):
 
     def __init__(self, sizes: dict[str, int], device: torch.device):
         super().__init__(sizes, sizes["step"] - 1, device)
-        # Random states come from rank 0 of the world, and nobody else is here to send them.
-        self.world_rank = 0
 
     def all_gather(self, tensor: torch.Tensor, axis: str | None, phase: str) -> Pending:
         return Pending(lambda: [tensor] * self.size(axis))
 
     def broadcast(self, tensor: torch.Tensor, axis: str | None, src: int, phase: str) -> Pending:
         return Pending(lambda: tensor)
+
+    def broadcast_bytes(self, data: bytes, axis: str | None = None, src: int = 0) -> bytes:
+        """Random states come from rank 0, which has those of this rank."""
+        return data
 
     def permute(self, tensor: torch.Tensor, axis: Any, moves: Any, phase: str) -> Pending:
         return Pending(lambda: tensor)

@@ -1,9 +1,13 @@
 """The overhead benchmark: pairs in turns, and a dry run of every case."""
 
+import functools
+
 import pytest
 import steps_overhead
 import torch
 
+from stretto import Plan, Steps, parallelized
+from stretto.plan.options import Fixed
 from tests.benchmarks.conftest import check_format
 
 SMALL = ("--width", "16", "--layers", "1", "--heads", "2", "--batch", "2", "--pairs", "1")
@@ -25,6 +29,28 @@ def test_a_free_run_evaluates_as_often_as_windows(tmp_path):
     bench.pipe.transformer.forward = lambda *a, **k: evaluated.append(1) or forward(*a, **k)
     steps_overhead.free(bench, 9, 4)
     assert len(evaluated) == 3
+
+
+def test_replay_is_walked_by_the_last_rank_which_guesses_most(tmp_path, monkeypatch):
+    words = ["--out", str(tmp_path / "x.json"), "--dry", *SMALL]
+    bench = steps_overhead.Bench(steps_overhead.parse(words))
+    bench.use("FlowMatchEuler")
+    kind, stepped = type(bench.pipe.scheduler), []
+    step = kind.step
+
+    @functools.wraps(step)
+    def counting(*args, **kwargs):
+        stepped.append(1)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(kind, "step", counting)
+    plan = Plan(step=Steps(degree=4, windows=Fixed(warmup=1), exact_split=False))
+    mesh = steps_overhead.EchoMesh(plan.sizes, torch.device("cpu"))
+    assert mesh.rank("step") == 3
+    with parallelized(bench.pipe, plan, mesh=mesh):
+        bench.call(9)
+    # An exact step, then two windows: three guesses on the way to the own position, four true.
+    assert len(stepped) == 1 + 2 * (3 + 4)
 
 
 def test_inputs_are_repeated_and_cut_along_the_batch_only():
