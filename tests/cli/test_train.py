@@ -16,8 +16,9 @@ from stretto.cli.train_options import Down, Split, Work, plan_of, recipe_of
 from stretto.plan.io import write_plan
 from stretto.plan.model import Plan
 from stretto.plan.options import Context, Data
+from stretto.train import metrics
 from stretto.train.compare import start
-from stretto.train.job import Job, read_metrics
+from stretto.train.job import Job
 from tests.train.make import write_text
 
 SMALL = ("--tokens", "64", "--sequences", "4", "--steps", "4", "--dtype", "float64")
@@ -33,7 +34,7 @@ def train(*arguments, out):
 
 
 def losses(out):
-    rows = read_metrics(out / "metrics.jsonl")
+    rows = metrics.read(out / "metrics.jsonl")
     return [row["loss"] for row in rows if row["event"] == "stepped"]
 
 

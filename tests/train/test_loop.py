@@ -15,10 +15,10 @@ from stretto.errors import ConfigError, NonFinite, PlanMismatch
 from stretto.mesh.local import LocalWorld
 from stretto.plan.model import Plan
 from stretto.plan.options import Context, Data
-from stretto.train import checkpoint, shards
+from stretto.train import checkpoint, metrics, shards
 from stretto.train.descent import rate_at
 from stretto.train.events import Saved, Stepped, Validated
-from stretto.train.job import Job, Outcome, build, check_cursor, read_metrics, resume_note, run
+from stretto.train.job import Job, Outcome, build, check_cursor, resume_note, run
 from stretto.train.loop import Intervals, train
 from stretto.train.presets import task_of
 from stretto.train.recipe import Descent, accumulation
@@ -141,7 +141,7 @@ def test_resuming_is_bitwise(descent, dtype, data, tmp_path):
     assert again.note.startswith("resumed after step 3")
     assert "not bitwise" not in again.note
     assert losses(again) == losses(whole)[3:]
-    rows = read_metrics(tmp_path / "metrics.jsonl")
+    rows = metrics.read(tmp_path / "metrics.jsonl")
     assert [r["loss"] for r in rows if r["event"] == "stepped"] == losses(whole)
 
 
@@ -358,13 +358,6 @@ def test_a_cursor_belongs_to_its_data():
         check_cursor(found, {"recipe": recipe_, "data": "abd"})
 
 
-def test_a_cut_last_line_of_metrics_is_left_out(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1}\n{"step": 2, "lo')
-    assert read_metrics(file) == [{"step": 1}]
-    assert read_metrics(tmp_path / "absent") == []
-
-
 def test_a_new_run_among_checkpoints_of_another_is_refused(data, tmp_path):
     first = job(recipe(data, steps=2), tmp_path)
     run(silent, first)
@@ -380,8 +373,8 @@ def test_metrics_of_a_run_without_checkpoints_are_set_aside(data, tmp_path, resu
         (tmp_path / "metrics.jsonl").write_text(f'{{"step": {number}}}\n')
         run(silent, job(recipe(data, steps=1), tmp_path, resume=resume))
         shutil.rmtree(tmp_path / "checkpoints")
-        assert read_metrics(tmp_path / f"metrics-{number}.jsonl") == [{"step": number}]
-        assert read_metrics(tmp_path / "metrics.jsonl")[0]["event"] == "began"
+        assert metrics.read(tmp_path / f"metrics-{number}.jsonl") == [{"step": number}]
+        assert metrics.read(tmp_path / "metrics.jsonl")[0]["event"] == "began"
 
 
 def test_event_kinds_of_a_job(data, tmp_path):
@@ -390,7 +383,7 @@ def test_event_kinds_of_a_job(data, tmp_path):
         *(Stepped,) * 2,
         *(Validated,) * 3,
     ]
-    rows = read_metrics(tmp_path / "metrics.jsonl")
+    rows = metrics.read(tmp_path / "metrics.jsonl")
     assert rows[-1] == {"event": Saved.__name__.lower(), "step": 2} | {
         key: rows[-1][key] for key in ("path", "seconds")
     }

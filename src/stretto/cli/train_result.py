@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from stretto.cluster import detect
 from stretto.diffusion.output import staged, write_result
 from stretto.diffusion.provenance import load_now, provenance
-from stretto.train.job import METRICS, Job, Outcome, read_metrics
+from stretto.train import metrics
+from stretto.train.job import Job, Outcome
 
 if TYPE_CHECKING:
     from stretto.train.compare import Comparison
@@ -66,8 +67,8 @@ def write(out: Path, result: dict[str, Any]) -> list[str]:
     from stretto.cli.train_curve import draw
 
     with staged(out) as aside:
-        files, remarks = draw(aside, read_metrics(out / METRICS), result["case"])
-        result["files"] = [METRICS, *files, "result.json"]
+        files, remarks = draw(aside, metrics.read(out / metrics.FILE), result["case"])
+        result["files"] = [metrics.FILE, *files, "result.json"]
         write_result(aside / "result.json", result)
     return remarks
 

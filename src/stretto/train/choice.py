@@ -32,7 +32,6 @@ def best_context(
     """The attention plan for `ranks` ranks beside `fsdp` groups, and where it came from.
 
     Priced with `micro_batch` sequences at once: fewer and longer calls, more memory.
-
     Raises PlanMismatch where none is legal and fits; and as `ranked` does.
     """
     ranking = ranked(recipe, ranks * fsdp, cluster, micro_batch=micro_batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 import os
@@ -26,8 +25,8 @@ from stretto.mesh.launch import Tell
 from stretto.mesh.mesh import Mesh
 from stretto.plan.checks import check_trains, is_whole
 from stretto.plan.model import Plan
-from stretto.train import checkpoint, shards
-from stretto.train.events import Began, Event, Saved, Stepped, Validated, line
+from stretto.train import checkpoint, metrics, shards
+from stretto.train.events import Event, Saved, Stepped, Validated, line
 from stretto.train.loop import Intervals, Trainer, train
 from stretto.train.presets import task_of
 from stretto.train.recipe import Recipe
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 #: Steps at the start whose times do not count: allocators and thread pools fill there.
 WARMUP_STEPS = 2
@@ -267,7 +265,7 @@ class Rank:
         elif isinstance(event, Saved):
             outcome.saved = event.path
         if self.mesh.world_rank == 0 and self.job.out:
-            _write_line(Path(self.job.out) / METRICS, event, resumed)
+            metrics.write(Path(self.job.out) / metrics.FILE, event, resumed)
         more = {"loss": event.loss} if isinstance(event, Stepped) else {}
         self.tell("training", done=event.step, total=self.job.recipe.steps, **more)
 
@@ -376,40 +374,6 @@ def matmul_rate(device: torch.device, dtype: str) -> float:
         best = min(best, time.perf_counter() - began)
         until = until or time.perf_counter() + _PEAK_S
     return 2 * side**3 / best
-
-
-def _write_line(file: Path, event: Event, resumed: int) -> None:
-    """Append an event; a run that begins anew sets an earlier file aside, a resumed one goes on
-    in it after its step."""
-    try:
-        if isinstance(event, Began):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if resumed:
-                kept = [row for row in read_metrics(file) if row["step"] <= resumed]
-                file.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            elif file.exists():
-                log.warning("metrics of an earlier run are now in %s", _set_aside(file))
-        with file.open("a", encoding="utf-8") as opened:
-            opened.write(json.dumps(line(event)) + "\n")
-    except OSError as error:
-        raise ConfigError(f"cannot write {file}: {error.strerror}") from None
-
-
-def _set_aside(file: Path) -> Path:
-    """Give a file the first name with a number that is free: metrics-1.jsonl, metrics-2.jsonl."""
-    names = (file.with_stem(f"{file.stem}-{number}") for number in itertools.count(1))
-    aside = next(name for name in names if not name.exists())
-    return file.rename(aside)
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Complete lines of a metrics file, [] where there is none; a cut last line is left out."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError):
-        for text in file.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(text))
-    return rows
 
 
 @contextlib.contextmanager
