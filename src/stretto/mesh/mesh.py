@@ -7,6 +7,7 @@ makes the one a plan asks for. Nothing here reads a default group: the mesh is a
 from __future__ import annotations
 
 import contextlib
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Generic, TypeVar
@@ -22,6 +23,8 @@ Result = TypeVar("Result")
 TIMEOUT_S = 300.0
 #: How often that is the limit while ranks warm up: kernels load and models compile at first use.
 WARMING_UP = 3
+#: Bytes of the first message of gathered and of sent byte strings; most need no second one.
+_SHORT, _LONG = 256, 2**14
 
 
 class Pending(Generic[Result]):
@@ -190,19 +193,35 @@ class Mesh(ABC):
 
     def gather_bytes(self, data: bytes, axis: str | None = None) -> list[bytes]:
         """Byte strings of any length from every rank, in axis order."""
-        counts = self.all_gather(torch.tensor([len(data)]), axis, "control").wait()
-        longest = max(int(count) for count in counts)
-        padded = _byte_tensor(data.ljust(longest, b"\0"))
-        parts = self.all_gather(padded, axis, "control").wait()
-        return [_bytes_of(p)[: int(n)] for p, n in zip(parts, counts, strict=True)]
+        firsts = self.all_gather(_framed(data, _SHORT), axis, "control").wait()
+        counts, heads = zip(*map(_unframed, firsts), strict=True)
+        left = max(counts) - len(heads[0])
+        if left <= 0:
+            return [head[:count] for head, count in zip(heads, counts, strict=True)]
+        rest = _byte_tensor(data[len(heads[0]) :].ljust(left, b"\0"))
+        lasts = map(_bytes_of, self.all_gather(rest, axis, "control").wait())
+        return [(a + b)[:n] for a, b, n in zip(heads, lasts, counts, strict=True)]
 
     def broadcast_bytes(self, data: bytes, axis: str | None = None, src: int = 0) -> bytes:
         """The byte string of position `src`; what other ranks pass is ignored."""
-        mine = self.rank(axis) == src
-        count = torch.tensor([len(data) if mine else 0])
-        length = int(self.broadcast(count, axis, src, "control").wait())
-        buffer = _byte_tensor(data if mine else bytes(length))
-        return _bytes_of(self.broadcast(buffer, axis, src, "control").wait())
+        data = data if self.rank(axis) == src else b""
+        first = self.broadcast(_framed(data, _LONG), axis, src, "control").wait()
+        count, head = _unframed(first)
+        if count <= len(head):
+            return head[:count]
+        rest = _byte_tensor(data[len(head) :].ljust(count - len(head), b"\0"))
+        return head + _bytes_of(self.broadcast(rest, axis, src, "control").wait())
+
+
+def _framed(data: bytes, size: int) -> torch.Tensor:
+    """The length of `data` and as much of it as fits into `size` bytes."""
+    return _byte_tensor((struct.pack("<Q", len(data)) + data[: size - 8]).ljust(size, b"\0"))
+
+
+def _unframed(frame: torch.Tensor) -> tuple[int, bytes]:
+    """The length of the whole, and what came of it with padding."""
+    read = _bytes_of(frame)
+    return struct.unpack_from("<Q", read)[0], read[8:]
 
 
 def _byte_tensor(data: bytes) -> torch.Tensor:
