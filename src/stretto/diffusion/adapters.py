@@ -52,9 +52,7 @@ def family_of(pipe: Any) -> Family:
 def denoisers_of(pipe: Any, name: str | None = None) -> dict[str, torch.nn.Module]:
     """The modules to hook, by component name. Raises UnsupportedPipeline with what was seen."""
     modules = {
-        key: value
-        for key, value in getattr(pipe, "components", vars(pipe)).items()
-        if isinstance(value, torch.nn.Module)
+        key: value for key, value in vars(pipe).items() if isinstance(value, torch.nn.Module)
     }
     if name is not None:
         if name in modules:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -57,14 +56,10 @@ def gather(
             for owner in range(header.size)
         ]
         parts = [pending.wait() for pending in under_way]
-    found = [_unpacked(part, like) for part in parts]
     heads = torch.stack([part[:HEADER_BYTES] for part in parts])
-    # Looked at after the exchange, so that all ranks raise and none waits for one that did; both
-    # are ready before the first is read, as a GPU takes 10 us to turn from kernels to a copy.
-    largest = _largest(found)
-    deferred.check(heads, lambda read: _check([_read_header(h) for h in read], header, own))
-    deferred.check(largest, partial(_check_finite, header.start, None))
-    return found
+    # Looked at after the exchange, so that all ranks raise and none waits for one that did.
+    deferred.check(heads, lambda read: _check_heads(read, like.dtype, header, own))
+    return [_unpacked(part, like) for part in parts]
 
 
 def opening(mesh: Mesh, *arguments: Any) -> Callable[[], None]:
@@ -91,32 +86,24 @@ def opening(mesh: Mesh, *arguments: Any) -> Callable[[], None]:
     return check
 
 
-def check_finite(
-    predictions: Sequence[Tensor], start: int, deferred: Deferred, rank: int | None = None
-) -> None:
-    """Raise NonFinite for a prediction that would poison every rank's latents.
-
-    `predictions` are those of the steps from `start` on, each of its own step rank; or of `rank`.
-    """
-
-    deferred.check(_largest(predictions), partial(_check_finite, start, rank))
+def check_finite(prediction: Tensor, step: int, deferred: Deferred, *, rank: int) -> None:
+    """Raise NonFinite for a prediction of step rank `rank` that would poison the latents."""
+    deferred.check(
+        _largest(prediction), lambda read: _check_finite(read.view(1).tolist()[0], step, rank)
+    )
 
 
-def _largest(predictions: Sequence[Tensor]) -> Tensor:
-    """The largest magnitude of each: NaN or infinite where any is, and found in one pass."""
-    alone = predictions[0].detach()[None]
-    stacked = alone if len(predictions) == 1 else torch.stack([p.detach() for p in predictions])
-    return torch.linalg.vector_norm(stacked.flatten(1), math.inf, dim=1)
+def _largest(prediction: Tensor) -> Tensor:
+    """Its largest magnitude, NaN or infinite where any is: found in one pass, in one number."""
+    return torch.linalg.vector_norm(prediction.detach(), math.inf)
 
 
-def _check_finite(start: int, rank: int | None, largest: Tensor) -> None:
-    for position, value in enumerate(largest.tolist()):
-        if not math.isfinite(value):
-            whose = position if rank is None else rank
-            raise NonFinite(
-                f"step rank {whose}: the prediction of step {start + position} holds NaN or "
-                "infinity; use a smaller guidance scale, or bfloat16 or float32 where it is float16"
-            )
+def _check_finite(largest: float, step: int, rank: int) -> None:
+    if not math.isfinite(largest):
+        raise NonFinite(
+            f"step rank {rank}: the prediction of step {step} holds NaN or infinity; use a "
+            "smaller guidance scale, or bfloat16 or float32 where it is float16"
+        )
 
 
 def digest(*tensors: Tensor) -> bytes:
@@ -140,8 +127,18 @@ def _packed(guided: Tensor, header: Header) -> Tensor:
         header.digest,
     )
     head = (fixed + struct.pack(f"<{_MAX_DIMS}Q", *dims)).ljust(HEADER_BYTES, b"\0")
-    head_tensor = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-    return torch.cat([on_device(head_tensor, guided.device), _raw(guided)])
+    # The header ends with the largest magnitude: each rank looks at its own prediction alone.
+    own = torch.frombuffer(bytearray(head[: -guided.element_size()]), dtype=torch.uint8)
+    largest = _largest(guided).view(1).view(torch.uint8)
+    return torch.cat([on_device(own, guided.device), largest, _raw(guided)])
+
+
+def _check_heads(read: Tensor, dtype: torch.dtype, own: Header, rank: int) -> None:
+    """Headers of a window on the host: all agree with this rank's, no prediction has a hole."""
+    _check([_read_header(head) for head in read], own, rank)
+    largest = read[:, -dtype.itemsize :].contiguous().view(dtype).flatten().tolist()
+    for position, value in enumerate(largest):
+        _check_finite(value, own.start + position, position)
 
 
 def _read_header(read: Tensor) -> Header:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stretto.diffusion.kept import version_of
+from stretto.diffusion.kept import Watched
 from stretto.diffusion.randomness import Randomness
 from stretto.diffusion.scheduler import StepCall, extras_of, sample_of
 
@@ -18,10 +18,8 @@ class Handover:
     def __init__(self, randomness: Randomness):
         self._randomness = randomness
         self._result: Any = None
-        self._version: int | None = None
-        self._copy: Tensor | None = None
-        self._given: Tensor | None = None
-        self._given_version: int | None = None
+        self._left: Watched | None = None
+        self._given: Watched | None = None
         self._recurrent: dict[str, int] = {}
         #: Whether the pipeline wrote into latents after it had given them to a step.
         self.overwrites = False
@@ -29,10 +27,9 @@ class Handover:
     def leave(self, result: Any) -> None:
         """A step returned `result`; from here on random draws are the pipeline's own."""
         self._result = result
-        sample = sample_of(result)
-        self._version = version_of(sample)
+        left = Watched(sample_of(result))
         # Inference mode counts no writes: only a copy tells.
-        self._copy = sample.clone() if self._version is None else None
+        self._left = left if left.is_counted else Watched(left.tensor.clone())
         self._randomness.mark()
 
     def find_recurrent(self, call: StepCall) -> None:
@@ -54,15 +51,14 @@ class Handover:
         where the very tensor that the step returned comes back, unwritten. Where it was written
         into, what it held is gone: that counts as a change.
         """
-        if self._result is None:
+        if self._left is None:
             return None
-        before = sample_of(self._result)
-        is_written = version_of(before) != self._version
-        if is_written or before.shape != call.sample.shape or self._randomness.moved():
+        held = self._left.tensor
+        is_other = self._left.is_written or held.shape != call.sample.shape
+        if is_other or self._randomness.moved():
             return torch.ones((), dtype=torch.bool)
-        if self._copy is None and before is call.sample:
+        if held is call.sample:
             return None
-        held = before if self._copy is None else self._copy
         return (held.to(call.sample.dtype) != call.sample).any()
 
     def lasting(self, call: StepCall) -> StepCall:
@@ -71,10 +67,10 @@ class Handover:
         A pipeline may write what a step returned into the latents it gave (Kandinsky 5 does). One
         that does is known by its first step; from then on, and in inference mode, they are copied.
         """
-        if self._given is not None and version_of(self._given) != self._given_version:
+        if self._given is not None and self._given.is_written:
             self.overwrites = True
-        self._given, self._given_version = call.sample, version_of(call.sample)
-        if self.overwrites or self._given_version is None:
+        self._given = Watched(call.sample)
+        if self.overwrites or not self._given.is_counted:
             return call.replaced(sample=call.sample.clone())
         return call
 

@@ -10,18 +10,34 @@ def version_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-class Kept:
+class Watched:
+    """A tensor, and whether it was written into since; None where nobody counts."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+        self._version = version_of(tensor)
+
+    @property
+    def is_counted(self) -> bool:
+        return self._version is not None
+
+    @property
+    def is_written(self) -> bool:
+        """Never where writes are not counted."""
+        return version_of(self.tensor) != self._version
+
+
+class Kept(Watched):
     """A tensor as it was: a copy, needed only if it is written into."""
 
     def __init__(self, tensor: Tensor):
-        self._tensor = tensor
-        self._version = version_of(tensor)
+        super().__init__(tensor)
         self._copy = tensor.clone()
 
     @property
     def is_untouched(self) -> bool:
-        return self._version is not None and version_of(self._tensor) == self._version
+        return self.is_counted and not self.is_written
 
     def restored(self) -> Tensor:
         """The tensor itself while it holds what it held, else a copy."""
-        return self._tensor if self.is_untouched else self._copy.clone()
+        return self.tensor if self.is_untouched else self._copy.clone()

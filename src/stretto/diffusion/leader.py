@@ -32,7 +32,7 @@ class Leader(Walk):
             moved = run.mesh.permute(guided, "step", {inside: 0}, "window").wait()
             call = call if moved is None else call.replaced(model_output=moved)
         if run.rank == 0:
-            exchange.check_finite([call.guided], run.position, run.deferred, rank=0)
+            exchange.check_finite(call.guided, run.position, run.deferred, rank=0)
             result = run.port.real(call)
             run.remember(run.position, call.guided)
             return self._share(result) if is_last else result

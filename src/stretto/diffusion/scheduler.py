@@ -5,7 +5,6 @@ Works on the *instance* and by signature, so that every scheduler with a `sample
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections import deque
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stretto.diffusion.kept import Kept, version_of
+from stretto.diffusion.levels import Twins
 from stretto.errors import UnsupportedPipeline
 
 #: Prediction types whose relation to flow velocity is known.
@@ -28,35 +28,21 @@ WRAPPED = ("step", "set_timesteps")
 class StepCall:
     """One call of `scheduler.step`, with its arguments by name."""
 
-    def __init__(self, bound: inspect.BoundArguments):
-        self._bound = bound
+    def __init__(self, named: dict[str, Any]):
+        self.named = named
 
     @property
     def sample(self) -> Tensor:
-        return self._bound.arguments["sample"]
+        return self.named["sample"]
 
     @property
     def guided(self) -> Tensor:
         """The prediction the pipeline hands over, guidance already combined."""
-        return self._bound.arguments["model_output"]
-
-    @property
-    def named(self) -> dict[str, Any]:
-        return self._bound.arguments
+        return self.named["model_output"]
 
     def replaced(self, **changes: Any) -> StepCall:
         """The same call with some arguments exchanged."""
-        bound = copy.copy(self._bound)
-        bound.arguments = {**self._bound.arguments, **changes}
-        return StepCall(bound)
-
-    @property
-    def args(self) -> tuple:
-        return self._bound.args
-
-    @property
-    def kwargs(self) -> dict:
-        return self._bound.kwargs
+        return StepCall({**self.named, **changes})
 
 
 class SchedulerPort:
@@ -66,7 +52,10 @@ class SchedulerPort:
         self.scheduler = scheduler
         self._step: Callable = scheduler.step
         self.signature = inspect.signature(scheduler.step)
-        missing = {"sample", "model_output"} - set(self.signature.parameters)
+        self._names = tuple(self.signature.parameters)
+        #: Forms of calls that were found to fit the signature.
+        self._fitting: set[tuple] = set()
+        missing = {"sample", "model_output"} - set(self._names)
         if missing:
             raise UnsupportedPipeline(
                 f"{type(scheduler).__name__}.step{self.signature} has no {sorted(missing)}: "
@@ -76,18 +65,39 @@ class SchedulerPort:
         self._last_result: Any = None
         self._kept: dict[int, Kept] = {}
         self._times = HostTimes()
+        self._twins = Twins()
         self._levels: np.ndarray | None = None
 
     def bind(self, *args: Any, **kwargs: Any) -> StepCall:
-        return StepCall(self.signature.bind(*args, **kwargs))
+        """A call by name. Raises TypeError for arguments that the scheduler does not take."""
+        form = (len(args), *kwargs)
+        if form not in self._fitting:
+            # Once: it takes longer than all the rest.
+            self.signature.bind(*args, **kwargs)
+            self._fitting.add(form)
+        return StepCall({**dict(zip(self._names, args, strict=False)), **kwargs})
 
     def real(self, call: StepCall) -> Any:
         """A true step of the scheduler; its form is remembered for `unmoved`."""
         time = call.named.get("timestep")
         if isinstance(time, Tensor) and time.device.type != "cpu":
             call = call.replaced(timestep=self._times.on_host(time, self.scheduler.timesteps))
-        self._last_result = self._step(*call.args, **call.kwargs)
+        self._last_result = self._stepped(call)
         return self._last_result
+
+    def _stepped(self, call: StepCall) -> Any:
+        """A step for which the host need not wait where the scheduler sends levels to a device."""
+        own = vars(self.scheduler)
+        grid = own.get("sigmas")
+        levels = self._twins.of(grid, call.sample.device)
+        if levels is None:
+            return self._step(**call.named)
+        own["sigmas"] = levels
+        try:
+            return self._step(**call.named)
+        finally:
+            if own.get("sigmas") is levels:
+                own["sigmas"] = grid
 
     def unmoved(self, call: StepCall) -> Any:
         """What a real step would return in form and dtype, with the sample left as it is."""
@@ -194,7 +204,6 @@ class HostTimes:
         self._grid: Tensor | None = None
         self._version: int | None = None
         self._host = torch.empty(0)
-        self._values: tuple[Tensor, ...] = ()
 
     def read(self, grid: Any) -> Tensor:
         """A grid on the host, of the device's once only; empty for None."""
@@ -203,7 +212,6 @@ class HostTimes:
         if grid is not self._grid or version_of(grid) != self._version:
             self._grid, self._version = grid, version_of(grid)
             self._host = grid.detach().cpu()
-            self._values = self._host.unbind() if grid.ndim == 1 else ()
         return self._host
 
     def on_host(self, time: Tensor, grid: Any) -> Tensor:
@@ -215,7 +223,7 @@ class HostTimes:
             self.read(grid)
         if self._grid is None or not _shares(time, self._grid):
             return time
-        return self._values[time.storage_offset() - self._grid.storage_offset()]
+        return self._host[time.storage_offset() - self._grid.storage_offset()]
 
 
 def _shares(item: Tensor, grid: Tensor) -> bool:

@@ -253,7 +253,7 @@ class StepRun:
 
     def _exact(self, call: StepCall) -> Any:
         call = call.replaced(model_output=self.branches.settle(call.guided))
-        exchange.check_finite([call.guided], self.position, self.deferred, rank=self.rank)
+        exchange.check_finite(call.guided, self.position, self.deferred, rank=self.rank)
         self.window.calls.append(call)
         result = self.port.real(call)
         self.remember(self.position, call.guided)
