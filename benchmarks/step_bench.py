@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import full_size
@@ -296,8 +296,9 @@ class Bench(job.Rank):
 
     def parallel(self, row: Row) -> dict:
         """One repeat of a row on all ranks; times are rank 0's, the rest is of every rank."""
-        mesh = self.meshes.get(row.who) or self._mesh(row.plan)
-        self.meshes[row.who] = mesh
+        if row.who not in self.meshes:
+            self.meshes[row.who] = self._ready(row.plan)
+        mesh = self.meshes[row.who]
         self.barrier()
         seconds, report = self.generate(row.plan, row.steps, mesh)
         self.barrier()
@@ -305,6 +306,14 @@ class Bench(job.Rank):
         self.took[row.who] = seconds["end_to_end"]
         self.say(f"{row.who}: {shown(seconds)}, {report.depth} windows")
         return {"seconds": seconds, "reports": reports, "guided_bytes": report.guided_bytes}
+
+    def _ready(self, plan: Plan) -> Any:
+        """A mesh over which one window has been walked: groups connect at their first message."""
+        mesh = self._mesh(plan)
+        short = plan.model_copy(update={"step": replace(plan.step, windows=Fixed(warmup=1))})
+        with parallelized(self.pipe, short, mesh=mesh):
+            self.model.call(self.pipe, self.inputs, 1 + plan.step.degree)
+        return mesh
 
     def exchange(self, row: Row, guided_bytes: int) -> list[float]:
         """Seconds of gathering one window's messages, nothing else going on."""

@@ -5,10 +5,13 @@ python benchmarks/steps_overhead.py --out overhead.json [--curves dit,audioldm2]
 Hooks: the same pipeline call plain and under a plan of one rank, in turns. Replay: one process
 walks as the last of p step ranks, with a mesh that hands its own message back in place of its
 peers', so snapshots, guesses, packing and the true steps are all there and transport is not. It is
-held against two runs, in turns: a plain one with as many evaluations and so with fewer steps, and
-the whole plain run whose other evaluations cost nothing (an output is handed out again), which has
-every scheduler step and recombination that the pipeline makes itself and that no parallel run can
-leave out. Above the second is what stretto adds. Transport is measured in steps_slices.py.
+held against three runs, in turns. One is plain, with as many evaluations and so with fewer steps.
+One is the whole plain run whose other evaluations cost nothing (an output is handed out again): it
+has every scheduler step and recombination that the pipeline makes itself and that no parallel run
+can leave out; above it is what windows cost. The last is such a run of as many scheduler steps as
+the rank takes, guessed and true; above it is what hooks and replay cost beside the scheduler's own
+arithmetic. Entering the context, done once for any number of calls, stands apart. Transport is
+measured in steps_slices.py.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ import itertools
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +35,18 @@ from stretto.diffusion.shipped.recipe import Recipe, build
 from stretto.mesh.mesh import Pending
 from stretto.plan.options import Fixed
 
-#: Steps of the plain run, windows of the replayed one: both make as many evaluations.
-DEPTH = 7
+#: A way to call the pipeline: entered for every call, and timed inside.
+Work = Callable[[], AbstractContextManager[Callable[[], Any]]]
+#: Steps of a replayed generation: one exact, then full windows of 2, 4 or 8.
+STEPS = 49
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-#: Of the summary: where it comes from. Over a plain run of as many evaluations, and over the whole
-#: plain run whose other evaluations are free.
+#: Of the summary: where it comes from. Over a plain run of as many evaluations, over the whole
+#: plain run whose other evaluations are free, and over one of as many scheduler steps.
 MEASURES = {
     "hooks_percent": ("hooks", "overhead_percent"),
     "replay_percent": ("replay", "overhead_percent"),
     "replay_added_percent": ("replay", "added_percent"),
+    "replay_beyond_steps_percent": ("replay", "beyond_steps_percent"),
 }
 SCHEDULERS: dict[str, tuple[str, dict]] = {
     "FlowMatchEuler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
@@ -128,17 +136,27 @@ class Bench:
         return result.timed(lambda: self.pipe.denoise(x, t, labels), self.device)
 
 
-def in_turns(
-    works: dict[str, Callable[[], Any]], count: int, device: torch.device
-) -> dict[str, list[float]]:
+def in_turns(works: dict[str, Work], count: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of pieces of work by name, one after another in each round, order alternating."""
-    for work in works.values():
-        work()
+    for entered in works.values():
+        with entered() as work:
+            work()
     found: dict[str, list[float]] = {name: [] for name in works}
     for index in range(count):
         for name in list(works)[:: -1 if index % 2 else 1]:
-            found[name].append(result.timed(works[name], device))
+            with works[name]() as work:
+                found[name].append(result.timed(work, device))
     return found
+
+
+def entering(work: Work, count: int = 21) -> dict[str, Any]:
+    """Milliseconds to enter and leave, which is done once for any number of calls."""
+
+    def enter() -> None:
+        with work():
+            pass
+
+    return result.spread([1e3 * result.timed(enter, "cpu") for _ in range(count)])
 
 
 def above(base: list[float], other: list[float]) -> dict[str, Any]:
@@ -156,8 +174,12 @@ def hooks(bench: Bench, name: str) -> dict:
     steps = bench.steps_for(name, 13)
     plan = Plan()
     mesh = init_mesh(plan, device=bench.device)
-    same = torch.equal(bench.call(steps), _under(bench, plan, mesh, steps))
-    works = {"plain": lambda: bench.call(steps), "ours": lambda: _under(bench, plan, mesh, steps)}
+    works = {
+        "plain": partial(plain, bench, steps),
+        "ours": partial(under, bench, plan, mesh, steps),
+    }
+    with works["ours"]() as ours:
+        same = torch.equal(bench.call(steps), ours())
     times = in_turns(works, bench.options.pairs, bench.device)
     return {
         "who": f"hooks/{name}",
@@ -169,12 +191,21 @@ def hooks(bench: Bench, name: str) -> dict:
     }
 
 
-def _under(bench: Bench, plan: Plan, mesh: Mesh, steps: int) -> Any:
+@contextmanager
+def plain(bench: Bench, steps: int) -> Iterator[Callable[[], Any]]:
+    """The call as it is."""
+    yield lambda: bench.call(steps)
+
+
+@contextmanager
+def under(bench: Bench, plan: Plan, mesh: Mesh, steps: int) -> Iterator[Callable[[], Any]]:
+    """The call under a plan."""
     with parallelized(bench.pipe, plan, mesh=mesh):
-        return bench.call(steps)
+        yield lambda: bench.call(steps)
 
 
-def free(bench: Bench, steps: int, every: int) -> Any:
+@contextmanager
+def free(bench: Bench, steps: int, every: int) -> Iterator[Callable[[], Any]]:
     """The plain run, of whose denoiser calls only the first and every `every`-th take time."""
     module, calls, kept = bench.pipe.transformer, itertools.count(), []
     evaluate = module.forward
@@ -186,7 +217,7 @@ def free(bench: Bench, steps: int, every: int) -> Any:
 
     module.forward = forward
     try:
-        return bench.call(steps)
+        yield lambda: bench.call(steps)
     finally:
         del module.forward
 
@@ -194,31 +225,34 @@ def free(bench: Bench, steps: int, every: int) -> Any:
 def replay(bench: Bench, name: str, degree: int) -> dict:
     """The last rank of full windows against plain runs of as many evaluations."""
     bench.use(name)
-    calls = 1 + (DEPTH - 1) * degree
-    windows = Fixed(warmup=1)
-    plan = Plan(step=Steps(degree=degree, windows=windows, exact_split=False))
+    windows, made = (STEPS - 1) // degree, 2 * degree - 1
+    plan = Plan(step=Steps(degree=degree, windows=Fixed(warmup=1), exact_split=False))
     mesh = EchoMesh(plan.sizes, bench.device)
-    steps, fewer = bench.steps_for(name, calls), bench.steps_for(name, DEPTH)
+    steps = bench.steps_for(name, STEPS)
     with parallelized(bench.pipe, plan, mesh=mesh) as run:
         bench.call(steps)
-    assert run.report.evaluations == DEPTH, run.report.evaluations
+    assert run.report.evaluations == 1 + windows, run.report.evaluations
     works = {
-        "plain": lambda: bench.call(fewer),
-        "free": lambda: free(bench, steps, degree),
-        "ours": lambda: _under(bench, plan, mesh, steps),
+        "plain": partial(plain, bench, bench.steps_for(name, 1 + windows)),
+        "free": partial(free, bench, steps, degree),
+        "as_many": partial(free, bench, bench.steps_for(name, 1 + windows * made), made),
+        "ours": partial(under, bench, plan, mesh, steps),
     }
     times = in_turns(works, bench.options.pairs, bench.device)
     extra = [1e3 * (b - a) for a, b in zip(times["free"], times["ours"], strict=True)]
     return {
         "who": f"replay/{name}/p{degree}",
         "windows": list(run.report.sizes),
-        "evaluations": DEPTH,
-        "extra_ms_per_window": statistics.median(extra) / (DEPTH - 1),
+        "evaluations": 1 + windows,
+        "entering_ms": entering(works["ours"]),
+        "extra_ms_per_window": statistics.median(extra) / windows,
         "plain_ms": milliseconds(times["plain"]),
         "free_ms": milliseconds(times["free"]),
+        "as_many_ms": milliseconds(times["as_many"]),
         "ms": milliseconds(times["ours"]),
         "overhead_percent": above(times["plain"], times["ours"]),
         "added_percent": above(times["free"], times["ours"]),
+        "beyond_steps_percent": above(times["as_many"], times["ours"]),
     }
 
 
@@ -301,7 +335,8 @@ def compiles(bench: Bench) -> dict:
         bench.call(2)
         before = counters["stats"]["unique_graphs"]
         for _ in range(2):
-            _under(bench, plan, mesh, 9)
+            with under(bench, plan, mesh, 9) as work:
+                work()
         after = counters["stats"]["unique_graphs"]
     finally:
         bench.pipe.transformer = plain
@@ -344,6 +379,7 @@ def shown(row: dict) -> str:
         if "added_percent" in row:
             each = row["extra_ms_per_window"]
             more = f"; added {words(row['added_percent'])}, {each:.3f} ms per window"
+            more += f"; beyond steps {words(row['beyond_steps_percent'])}"
         return words(row["overhead_percent"]) + more
     if "over_one" in row:
         return "  ".join(f"{key}: {value:.2f}" for key, value in row["over_one"].items())

@@ -125,10 +125,12 @@ def skipped(result: Result) -> list[str]:
     return table(("not run", "why"), names.items())
 
 
+BEYOND = "beyond_steps_percent"
 OVERHEAD = (
     "what",
     "percent above as many plain evaluations",
     "above the plain run whose other evaluations are free",
+    "above such a run of as many scheduler steps",
     "ms of it per window",
     "same bits",
 )
@@ -140,7 +142,7 @@ def overhead(result: Result) -> list[str]:
         (
             row["who"],
             _signed(row["overhead_percent"]),
-            _signed(row["added_percent"]) if "added_percent" in row else None,
+            *(_signed(row[each]) if each in row else None for each in ("added_percent", BEYOND)),
             row.get("extra_ms_per_window"),
             row.get("bitwise"),
         )

@@ -264,6 +264,12 @@ TARGETS = (
         "<= 2 %",
         overhead("replay_added"),
     ),
+    Target(
+        "diffusion/steps-overhead",
+        "Hooks and replay above as many scheduler steps, worst median",
+        "<= 2 %",
+        overhead("replay_beyond_steps"),
+    ),
     Target("attention", "Error in float64", "<= 1e-12", at_most("max_err_fp64", 1e-12)),
     Target("attention", "Gradients by finite differences", "yes", true("gradcheck_ok")),
     Target("attention", "Bytes counted = declared", "yes", true("bytes_match")),
