@@ -25,8 +25,8 @@ class Newest:
     def close_window(self, start, size):
         """Nothing to fit."""
 
-    def guess(self, s, horizon, *, own_output=None):
-        return self.last
+    def guesses(self, noise):
+        return [self.last] * len(noise)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_what_is_no_mesh(pipe):
     [
         ([Newest()], "predictors: 1 for 2 virtual ranks"),
         ((Newest() for _ in range(2)), "predictors: generator for 2 virtual ranks"),
-        ([Newest(), 3], "a int as predictor lacks reset, append, close_window, guess, needs_own"),
+        ([Newest(), 3], "a int as predictor lacks reset, append, close_window, guesses, needs_own"),
     ],
 )
 def test_predictors_that_do_not_fit(pipe, predictors, message):
@@ -79,3 +79,15 @@ def test_a_predictor_in_full_is_taken(pipe):
     with emulate(pipe, Plan(step=2), predictors=[Newest(), Newest()]) as run:
         DDIM.call(pipe)
     assert run.report.num_steps == DDIM.steps
+
+
+def test_a_predictor_that_guesses_too_few_steps(pipe):
+    class Few(Newest):
+        def guesses(self, noise):
+            return [self.last]
+
+    with (
+        pytest.raises(ConfigError, match=r"Few.guesses returned 1 predictions for 2 steps"),
+        emulate(pipe, Plan(step=3), predictors=[Few() for _ in range(3)]),
+    ):
+        DDIM.call(pipe)

@@ -227,7 +227,8 @@ def torch_guess(name, damping=None):
             for i in range(start, end):
                 predictor.append(noise[i], torch.from_numpy(known[i]))
             predictor.close_window(start, end - start)
-        return predictor.guess(noise[len(known) + horizon - 1], horizon).numpy()
+        ahead = noise[len(known) : len(known) + horizon]
+        return predictor.guesses(ahead)[-1].numpy()
 
     return guess
 

@@ -56,9 +56,10 @@ def gather(
             for owner in range(header.size)
         ]
         parts = [pending.wait() for pending in under_way]
-    heads = torch.stack([part[:HEADER_BYTES] for part in parts])
     # Looked at after the exchange, so that all ranks raise and none waits for one that did.
-    deferred.check(heads, lambda read: _check_heads(read, like.dtype, header, own))
+    with deferred.aside(*parts):
+        heads = torch.stack([part[:HEADER_BYTES] for part in parts])
+        deferred.check(heads, lambda read: _check_heads(read, like.dtype, header, own))
     return [_unpacked(part, like) for part in parts]
 
 
@@ -88,9 +89,9 @@ def opening(mesh: Mesh, *arguments: Any) -> Callable[[], None]:
 
 def check_finite(prediction: Tensor, step: int, deferred: Deferred, *, rank: int) -> None:
     """Raise NonFinite for a prediction of step rank `rank` that would poison the latents."""
-    deferred.check(
-        _largest(prediction), lambda read: _check_finite(read.view(1).tolist()[0], step, rank)
-    )
+    with deferred.aside(prediction):
+        largest = _largest(prediction)
+        deferred.check(largest, lambda read: _check_finite(read.view(1).tolist()[0], step, rank))
 
 
 def _largest(prediction: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from stretto.mesh.mesh import Mesh
 from stretto.plan.io import read_plan
 from stretto.plan.model import Plan
 
-_PREDICTOR = ("reset", "append", "close_window", "guess")
+_PREDICTOR = ("reset", "append", "close_window", "guesses")
 
 
 def plan_in(plan: Any) -> Plan:

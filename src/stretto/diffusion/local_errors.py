@@ -121,8 +121,9 @@ def fitted_damping(records: Sequence[Record], degree: int) -> tuple[float, ...]:
         for n, last in enumerate(known.guided):
             line.append(known.noise[n], last)
             base = last.double()
-            for horizon in range(1, min(degree, known.num_steps - n)):
-                change = line.guess(known.noise[n + horizon], horizon).double() - base
+            ahead = known.noise[n + 1 : min(n + degree, known.num_steps)]
+            for horizon, guess in enumerate(line.guesses(ahead), start=1):
+                change = guess.double() - base
                 actual = known.guided[n + horizon].double() - base
                 along[horizon] += (change * actual).sum().item()
                 square[horizon] += change.square().sum().item()
@@ -195,8 +196,7 @@ class _MeasuredWindows(Replay):
 
     def toward_own(self, call: StepCall, inside: int) -> Any:
         run = self.run
-        guess = run.predictor.guess(run.noise[run.position], inside + 1)
-        return run.port.real(call.replaced(model_output=guess))
+        return run.port.real(call.replaced(model_output=run.guesses()[inside]))
 
     def close(self) -> Any:
         run, window, result = self.run, self.run.window, None

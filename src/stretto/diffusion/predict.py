@@ -2,6 +2,7 @@
 
 A predictor sees the true guided predictions g_0, g_1, ... in step order, each with its noise
 fraction s, and guesses the next ones: horizon h = 1 is the step right after the last known one.
+A window's guesses are made at once, as each on its own would cost a GPU a kernel more.
 All arithmetic is a fixed sequence of tensor operations, so ranks that hold the same history on
 the same kind of device hold the same bits.
 """
@@ -30,7 +31,7 @@ _UNFITTED = 0.5
 class Predictor(Protocol):
     """What a run asks of a predictor, in step order; any object with these methods will do.
 
-    `needs_own_output`: guesses come from this rank's own remembered output, not from history.
+    `needs_own_output`: guesses are this rank's own remembered outputs, so none are asked for here.
     """
 
     needs_own_output: bool
@@ -44,8 +45,8 @@ class Predictor(Protocol):
     def close_window(self, start: int, size: int) -> None:
         """Steps start .. start + size - 1 have been appended."""
 
-    def guess(self, s: float, horizon: int, *, own_output: Tensor | None = None) -> Tensor:
-        """The prediction `horizon` >= 1 steps after the last known one, at noise fraction s."""
+    def guesses(self, noise: Sequence[float]) -> Sequence[Tensor]:
+        """The predictions of the steps after the last known one, at these noise fractions."""
         ...
 
 
@@ -116,32 +117,30 @@ class Extrapolation:
         self._rebase()
 
     @torch.no_grad()
-    def guess(self, s: float, horizon: int, *, own_output: Tensor | None = None) -> Tensor:
-        """Guess of the prediction `horizon` >= 1 steps after the last known one, at noise s.
+    def guesses(self, noise: Sequence[float]) -> Sequence[Tensor]:
+        """Guesses of the predictions after the last known one, horizons 1, 2, ..., at `noise`.
 
-        Returns a tensor of its shape and dtype; sums are float32 (float64 for float64).
-        own_output is ignored. Needs one appended prediction.
-        Raises ConfigError if the stored damping ends before `horizon`.
+        Returns tensors of its shape and dtype; sums are float32 (float64 for float64).
+        Needs one appended prediction. Raises ConfigError for more guesses than stored damping.
         """
         assert self._known, "the first step of a run is exact: nothing is known to guess from"
-        if len(self._known) == 1:
-            return self._known[-1][1]
-        return self._current().at(s, self._damping_at(horizon))
+        if len(self._known) == 1 or not noise:
+            return [self._known[-1][1]] * len(noise)
+        return self._current().at(noise, self._damping_of(len(noise)))
 
-    def _damping_at(self, horizon: int) -> Tensor | float:
+    def _damping_of(self, reached: int) -> Tensor | Sequence[float]:
+        """Damping of horizons 1 .. reached."""
         if self._is_fitted:
-            if self._fits is None or horizon > len(self._fits):
-                return _UNFITTED
-            return self._fits[horizon - 1]
+            return [_UNFITTED] * reached if self._fits is None else _padded(self._fits, reached)
         if self._stored is None:
-            return 1.0
-        if horizon > len(self._stored):
+            return [1.0] * reached
+        if reached > len(self._stored):
             raise ConfigError(
-                f"stored damping has {len(self._stored)} horizons, a window asks for {horizon}\n"
+                f"stored damping has {len(self._stored)} horizons, a window asks for {reached}\n"
                 "  why: it was made for a smaller step degree\n"
-                f"  to fix: calibrate for a degree of at least {horizon + 1}, or leave damping out"
+                f"  to fix: calibrate for a degree of at least {reached + 1}, or leave damping out"
             )
-        return self._stored[horizon - 1]
+        return self._stored[:reached]
 
     def _current(self) -> _Line:
         """The line through all that is known, made once until the next prediction comes."""
@@ -154,19 +153,24 @@ class Extrapolation:
         self._base = self._current() if self._is_fitted and len(self._known) == 2 else None
 
 
+def _padded(fits: Tensor, reached: int) -> Tensor:
+    """The first `reached` fits, with horizons that no window has reached yet."""
+    if len(fits) >= reached:
+        return fits[:reached]
+    return torch.cat([fits, fits.new_full((reached - len(fits),), _UNFITTED)])
+
+
 def _refitted(earlier: Tensor | None, slopes: Tensor) -> Tensor:
     """Damping per horizon after a window that reached the first len(slopes) of them.
 
     No branch on a device value: it would wait for the device.
     """
     reached = len(slopes)
-    earlier = slopes[:0] if earlier is None else earlier
-    if len(earlier) < reached:
-        unfitted = slopes.new_full((reached - len(earlier),), _UNFITTED)
-        earlier = torch.cat([earlier, unfitted])
+    before = _padded(slopes[:0] if earlier is None else earlier, reached)
     # 0 / 0 where the base does not change: nothing is learned, what was fitted before stays.
-    fits = torch.where(slopes.isnan(), earlier[:reached], slopes.clamp(0, 1))
-    return fits if len(earlier) == reached else torch.cat([fits, earlier[reached:]])
+    fits = torch.where(slopes.isnan(), before, slopes.clamp(0, 1))
+    beyond = None if earlier is None else earlier[reached:]
+    return fits if beyond is None or not len(beyond) else torch.cat([fits, beyond])
 
 
 class _Line:
@@ -185,20 +189,18 @@ class _Line:
         with torch.no_grad():
             self._differences = [g - self._last for _, g in known[:-1]]
 
-    def at(self, s: float, damping: Tensor | float) -> Tensor:
-        """Newest prediction plus the damped change to s, in the predictions' dtype."""
+    def at(self, noise: Sequence[float], damping: Tensor | Sequence[float]) -> Sequence[Tensor]:
+        """Newest prediction plus the damped change to each s, in the predictions' dtype."""
         if not self._differences:
-            return self._newest
+            return [self._newest] * len(noise)
+        shape = (len(noise), *self._newest.shape)
         found, final = self._newest, len(self._differences) - 1
         for i, difference in enumerate(self._differences):
             dtype = self._newest.dtype if i == final else self._wide
-            out = torch.empty_like(self._newest, dtype=dtype)
-            weight = self._weight(i, s)
-            if isinstance(damping, Tensor):
-                found = torch.addcmul(found, difference, damping, value=weight, out=out)
-            else:
-                found = torch.add(found, difference, alpha=weight * damping, out=out)
-        return found
+            out = torch.empty(shape, dtype=dtype, device=found.device)
+            factors = self._factors(i, noise, damping).view(-1, *[1] * difference.ndim)
+            found = torch.addcmul(found, difference, factors, out=out)
+        return found.unbind()
 
     def slopes_to(self, followed: Sequence[tuple[float, Tensor]]) -> Tensor:
         """b of least squares in g = last + b * change(s), for a straight line and each (s, g).
@@ -208,23 +210,36 @@ class _Line:
         (difference,) = self._differences
         first = self._known[0][1]
         changes = torch.stack([first, *(g for _, g in followed)]) - self._last
-        sums = (changes * difference).flatten(1).sum(1)
-        code = "d" if self._wide == torch.float64 else "f"
-        weights = array(code, [self._weight(0, s) for s, _ in followed])
-        weights = torch.frombuffer(weights, dtype=self._wide)
-        return sums[1:] / (sums[0] * on_device(weights, sums.device))
+        sums = torch.mv(changes.flatten(1), difference.flatten())
+        weights = self._on_device([self._weight(0, s) for s, _ in followed])
+        return sums[1:] / (sums[0] * weights)
+
+    def _factors(
+        self, index: int, noise: Sequence[float], damping: Tensor | Sequence[float]
+    ) -> Tensor:
+        """What the change from one known prediction counts in the guess at each s."""
+        weights = [self._weight(index, s) for s in noise]
+        if isinstance(damping, Tensor):
+            return self._on_device(weights) * damping
+        return self._on_device([w * d for w, d in zip(weights, damping, strict=True)])
 
     def _weight(self, index: int, s: float) -> float:
         own = self._known[index][0]
         others = [at for k, (at, _) in enumerate(self._known) if k != index]
         return math.prod((s - other) / (own - other) for other in others)
 
+    def _on_device(self, values: Sequence[float]) -> Tensor:
+        # By way of an array: `torch.tensor` of a list counts as a wait for the device.
+        code = "d" if self._wide == torch.float64 else "f"
+        host = torch.frombuffer(array(code, values), dtype=self._wide)
+        return on_device(host, self._newest.device)
+
 
 class OwnOutput:
     """The published guess: the rank's own last output, which the pipeline itself recombined.
 
-    Holds nothing; the caller feeds the pipeline the remembered raw output and hands over the
-    guided prediction that came out of it.
+    Holds nothing; the caller feeds the pipeline the remembered raw output and takes the guided
+    prediction that comes out of it.
     Source: ParaStep, NeurIPS 2025 (arXiv 2505.14741).
     """
 
@@ -244,10 +259,9 @@ class OwnOutput:
     def close_window(self, start: int, size: int) -> None:
         """Nothing is held."""
 
-    def guess(self, s: float, horizon: int, *, own_output: Tensor | None = None) -> Tensor:
-        """Return own_output, the recombined guided prediction of this position."""
-        assert own_output is not None, "predictor own: the caller recombines the remembered output"
-        return own_output
+    def guesses(self, noise: Sequence[float]) -> Sequence[Tensor]:
+        """Nobody asks: the pipeline recombines remembered outputs by itself."""
+        raise AssertionError("predictor own: the guess is what the pipeline recombined")
 
 
 def make_predictor(name: str, damping: Sequence[float] | None = None) -> Predictor:

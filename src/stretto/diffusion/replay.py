@@ -91,8 +91,7 @@ class Replay(Walk):
             run.restore(window.own_state)
         call = window.calls[own]
         for inside in range(own, window.size - 1):
-            guess = run.predictor.guess(run.noise[window.start + inside], inside + 1)
-            result = run.port.real(call.replaced(model_output=guess))
+            result = run.port.real(call.replaced(model_output=run.guesses()[inside]))
             call = run.handover.continued(window.calls[inside + 1], result)
             latents.append(call.sample)
         return latents
@@ -103,8 +102,9 @@ class Replay(Walk):
         if inside != self.run.rank or window.guess is None:
             return
         wide = torch.promote_types(true.dtype, torch.float32)
-        error = torch.linalg.vector_norm(true - window.guess, dtype=wide)
-        scale = torch.linalg.vector_norm(true, dtype=wide)
+        with self.run.deferred.aside(true, window.guess):
+            error = torch.linalg.vector_norm(true - window.guess, dtype=wide)
+            scale = torch.linalg.vector_norm(true, dtype=wide)
         self.run.report.own_error(window.start + inside, error, scale)
 
     def _header(self, like: Tensor) -> Header:

@@ -35,6 +35,7 @@ from stretto.diffusion.scheduler import SchedulerPort, StepCall
 from stretto.diffusion.walk import Walk
 from stretto.diffusion.windows import Schedule
 from stretto.errors import (
+    ConfigError,
     IncompleteWindow,
     LatentsEdited,
     PlanMismatch,
@@ -72,6 +73,9 @@ class Window:
     state: State | None = None
     own_state: State | None = None
     calls: list[StepCall] = field(default_factory=list)
+    #: Of all positions but the last, which nobody walks beyond.
+    guesses: Sequence[Tensor] | None = None
+    #: This rank's latents, and its prediction on them.
     guess: Tensor | None = None
     guided: Tensor | None = None
 
@@ -279,6 +283,19 @@ class StepRun:
         """Scheduler and generators as they were; the state can be used again."""
         self.port.restore(state.scheduler)
         self.randomness.restore(state.random)
+
+    def guesses(self) -> Sequence[Tensor]:
+        """Guessed predictions of the window under way, equal on all ranks."""
+        window = self.window
+        if window.guesses is None:
+            ahead = self.noise[window.start : window.start + window.size - 1]
+            window.guesses = made = self.predictor.guesses(ahead)
+            if len(made) != len(ahead):
+                raise ConfigError(
+                    f"{type(self.predictor).__name__}.guesses returned {len(made)} predictions for "
+                    f"{len(ahead)} steps\n  to fix: one for every noise fraction it is given"
+                )
+        return window.guesses
 
     # ---- between steps ---------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch import Tensor
+
 from stretto.diffusion.scheduler import StepCall
 
 if TYPE_CHECKING:
@@ -28,8 +30,10 @@ class Walk(ABC):
         run = self.run
         if inside >= run.rank or run.rank >= run.window.size:
             return run.port.unmoved(call)
-        own = call.guided
-        if run.predictor.needs_own_output and run.branches.holds_whole_calls:
-            own = run.branches.led(own)
-        guess = run.predictor.guess(run.noise[run.position], inside + 1, own_output=own)
-        return run.port.real(call.replaced(model_output=guess))
+        return run.port.real(call.replaced(model_output=self._guess(call, inside)))
+
+    def _guess(self, call: StepCall, inside: int) -> Tensor:
+        run = self.run
+        if not run.predictor.needs_own_output:
+            return run.guesses()[inside]
+        return run.branches.led(call.guided) if run.branches.holds_whole_calls else call.guided

@@ -46,7 +46,7 @@ class Recorder:
     def close_window(self, start: int, size: int) -> None:
         """Nothing to fit."""
 
-    def guess(self, s: float, horizon: int, *, own_output: Tensor | None = None) -> Tensor:
+    def guesses(self, noise: Sequence[float]) -> Sequence[Tensor]:
         raise AssertionError("a run of degree 1 never guesses")
 
 
@@ -57,8 +57,9 @@ class Oracle(Recorder):
         super().__init__()
         self.record = record
 
-    def guess(self, s: float, horizon: int, *, own_output: Tensor | None = None) -> Tensor:
-        return self.record[len(self.guided) + horizon - 1].clone()
+    def guesses(self, noise: Sequence[float]) -> Sequence[Tensor]:
+        known = len(self.guided)
+        return [g.clone() for g in self.record[known : known + len(noise)]]
 
 
 @dataclass
