@@ -252,9 +252,7 @@ def test_own_leaves_guesses_to_the_pipeline():
     assert own.needs_own_output
     with pytest.raises(AssertionError, match="recombined"):
         own.guesses([0.5])
-    assert not any(
-        make_predictor(name).needs_own_output for name in set(PREDICTORS) - {"own"}
-    )
+    assert not any(make_predictor(name).needs_own_output for name in set(PREDICTORS) - {"own"})
 
 
 @pytest.mark.parametrize("name", sorted(set(PREDICTORS) - {"own"}))
