@@ -1,7 +1,9 @@
+import contextlib
 import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stretto.diffusion.predict import make_predictor
@@ -27,6 +29,16 @@ def feed(predictor, values, windows):
         predictor.close_window(start, size)
         start += size
     return predictor
+
+
+@contextlib.contextmanager
+def autocast_on_a_gpu():
+    """What `torch.autocast("cuda")` sets, which it refuses to where there is no GPU."""
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 def guess(predictor, s, horizon):
@@ -313,3 +325,33 @@ def test_no_prediction_waits_for_the_device(name):
     with HostReads() as reads:
         values[0].new_tensor(0.5)
     assert reads.found, "the mode sees a value that is copied from the host"
+
+
+def test_stages_of_one_noise_level_leave_the_fit_alone():
+    """Heun's second stage repeats its level: between the two lies no change to learn from."""
+    values = tensors(5)
+    predictor = make_predictor("damped")
+    for index, s in enumerate([0.9, 0.7, 0.7, 0.5]):
+        predictor.append(s, values[index])
+        if index == 1:
+            predictor.close_window(0, 2)
+    predictor.close_window(2, 2)
+    assert predictor.damping[1] == 0.5
+    assert predictor.damping[2] != 0.5
+
+
+def test_autocast_on_a_gpu_leaves_sums_wide(monkeypatch):
+    """Squares of latents overflow in float16. Tensors without memory stand in for a GPU's."""
+    seen, product = [], torch.mv
+
+    def spied(matrix, vector):
+        seen.append(product(matrix, vector).dtype)
+        return torch.ones(len(matrix))
+
+    monkeypatch.setattr(torch, "mv", spied)
+    monkeypatch.setattr("stretto.diffusion.predict.on_device", lambda host, device: host)
+    predictor = make_predictor("damped")
+    with FakeTensorMode(allow_non_fake_inputs=True), autocast_on_a_gpu():
+        g = torch.empty(2, 3, dtype=torch.bfloat16, device="cuda")
+        feed(predictor, [g] * 3, [1, 1, 1])
+    assert seen == [torch.float32]

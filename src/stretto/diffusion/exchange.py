@@ -96,7 +96,9 @@ def check_finite(prediction: Tensor, step: int, deferred: Deferred, *, rank: int
 
 def _largest(prediction: Tensor) -> Tensor:
     """Its largest magnitude, NaN or infinite where any is: found in one pass, in one number."""
-    return torch.linalg.vector_norm(prediction.detach(), math.inf)
+    # Its dtype is named, as autocast on a GPU would answer in float32, which the header has no
+    # room for.
+    return torch.linalg.vector_norm(prediction.detach(), math.inf, dtype=prediction.dtype)
 
 
 def _check_finite(largest: float, step: int, rank: int) -> None:

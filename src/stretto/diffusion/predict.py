@@ -210,8 +210,11 @@ class _Line:
         (difference,) = self._differences
         first = self._known[0][1]
         changes = torch.stack([first, *(g for _, g in followed)]) - self._last
-        sums = torch.mv(changes.flatten(1), difference.flatten())
-        weights = self._on_device([self._weight(0, s) for s, _ in followed])
+        # Autocast on a GPU would sum in half precision, where a square of latents overflows.
+        with torch.autocast(changes.device.type, enabled=False):
+            sums = torch.mv(changes.flatten(1), difference.flatten())
+        # Stages of one noise level say nothing of the slope: x / 0 would pass for a fit of 0 or 1.
+        weights = self._on_device([self._weight(0, s) or math.nan for s, _ in followed])
         return sums[1:] / (sums[0] * weights)
 
     def _factors(
