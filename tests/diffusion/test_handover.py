@@ -8,12 +8,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from stretto.diffusion.api import emulate
+from stretto.diffusion.api import emulate, parallelized
 from stretto.errors import LatentsEdited
+from stretto.mesh.local import LocalWorld
 from stretto.plan.model import Plan
 from stretto.plan.options import Listed, Steps
 from stretto.testing import models
-from stretto.testing.exactness import Oracle, emulated, on_ranks, reference
+from stretto.testing.exactness import Oracle, Recorder, emulated, on_ranks, reference
 from stretto.testing.ranks import run_ranks
 from stretto.testing.tiny import unet
 
@@ -142,3 +143,63 @@ def test_latents_first_overwritten_inside_a_window_cannot_be_replayed():
     steps = Steps(degree=3, windows=Listed(sizes=(1, 3, 3, 1)))
     with emulate(pipe, Plan(step=steps)), pytest.raises(LatentsEdited, match=r"step 3: .* step 2"):
         case.call(pipe, since=2)
+
+
+def _writes(how):
+    """A scheduler that uses its arguments as its memory."""
+
+    class Writes(FlowMatchEulerDiscreteScheduler):
+        def step(self, model_output, timestep, sample, return_dict=True):
+            (result,) = super().step(model_output, timestep, sample, return_dict=False)
+            if how == "sample":
+                return (sample.copy_(result),)
+            model_output.mul_(0.5)
+            return (result,)
+
+    return Writes()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("walk", ["replay", "leader"])
+@pytest.mark.parametrize("how", ["sample", "output"])
+def test_a_scheduler_may_write_into_what_it_is_given(how, walk, mode):
+    """Its steps are taken again in the replay, on what they were given before."""
+    pipe = _Guided(_writes(how))
+    plan = Plan(step=Steps(degree=3, windows=WINDOWS, walk=walk, exact_split=False))
+    with mode():
+        plain, recorder = pipe(), Recorder()
+        with parallelized(pipe, Plan(), mesh=LocalWorld({}).mesh(0), predictor=recorder):
+            assert torch.equal(pipe(), plain)
+        oracles = [Oracle(recorder.guided) for _ in range(3)]
+        with emulate(pipe, plan, predictors=oracles) as run:
+            pipe()
+        assert all(torch.equal(result, plain) for result in run.results)
+        with emulate(pipe, plan) as run:
+            pipe()
+        assert all(torch.equal(result, run.results[0]) for result in run.results)
+
+
+class _Guided:
+    """Eight steps of a denoiser without weights."""
+
+    _progress_bar_config = {}
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+        self.unet = _Bent()
+
+    @property
+    def components(self):
+        return {"unet": self.unet, "scheduler": self.scheduler}
+
+    def __call__(self):
+        self.scheduler.set_timesteps(8)
+        x = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(self.unet(x, t), t, x, return_dict=False)[0]
+        return x
+
+
+class _Bent(torch.nn.Module):
+    def forward(self, x, t):
+        return torch.tanh(x * 1.5 + t / 1000)

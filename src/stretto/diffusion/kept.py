@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -33,6 +34,11 @@ class Kept(Watched):
     def __init__(self, tensor: Tensor):
         super().__init__(tensor)
         self._copy = tensor.clone()
+
+    @property
+    def is_written(self) -> bool:
+        """Where writes are not counted the copy tells, and the host waits for the device."""
+        return super().is_written if self.is_counted else not torch.equal(self.tensor, self._copy)
 
     @property
     def is_untouched(self) -> bool:

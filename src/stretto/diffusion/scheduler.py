@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stretto.diffusion.kept import Kept, version_of
+from stretto.diffusion.kept import Kept, Watched, version_of
 from stretto.diffusion.levels import Twins
 from stretto.errors import UnsupportedPipeline
 
 #: Prediction types whose relation to flow velocity is known.
 _CARRIED = ("epsilon", "sample", "v_prediction")
+#: Arguments of a step that a scheduler might write into, and that are stepped again in a replay.
+_GIVEN = ("sample", "model_output")
 #: Attributes that the hooks put on the instance; they are no part of its state.
 WRAPPED = ("step", "set_timesteps")
 
@@ -63,6 +65,8 @@ class SchedulerPort:
                 "use a scheduler of that form, or Plan(cfg=...) alone"
             )
         self._last_result: Any = None
+        #: Arguments that the scheduler was seen to write into: it gets copies.
+        self._written: set[str] = set()
         self._kept: dict[int, Kept] = {}
         self._times = HostTimes()
         self._twins = Twins()
@@ -82,7 +86,13 @@ class SchedulerPort:
         time = call.named.get("timestep")
         if isinstance(time, Tensor) and time.device.type != "cpu":
             call = call.replaced(timestep=self._times.on_host(time, self.scheduler.timesteps))
+        if self._written:
+            call = call.replaced(**{name: call.named[name].clone() for name in self._written})
+        # Where writes are not counted only a copy tells; once, as the host waits for the answer.
+        watch = Kept if self._last_result is None else Watched
+        given = {name: watch(call.named[name]) for name in _GIVEN if name not in self._written}
         self._last_result = self._stepped(call)
+        self._written.update(name for name, seen in given.items() if seen.is_written)
         return self._last_result
 
     def _stepped(self, call: StepCall) -> Any:
