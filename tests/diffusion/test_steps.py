@@ -8,6 +8,7 @@ import torch
 
 from stretto.diffusion.api import emulate, parallelized
 from stretto.errors import (
+    ConfigError,
     HookDisplaced,
     IncompleteWindow,
     LatentsEdited,
@@ -347,7 +348,7 @@ def told(mesh, body, *arguments):
     """What a rank ended with, and whether the mesh is still of use."""
     try:
         body(mesh, *arguments)
-    except (ArithmeticError, RankLost, SplitMismatch) as error:
+    except (ArithmeticError, RankLost, ConfigError) as error:
         said = f"{type(error).__name__}: {error}"
     try:
         mesh.barrier()
@@ -364,6 +365,24 @@ def test_a_rank_that_raises_inside_a_window_ends_the_waits_of_the_others():
     assert raising == ("ArithmeticError: no such luck", False)
     assert waiting[0].startswith("RankLost")
     assert "step 4: ArithmeticError: no such luck" in waiting[0]
+
+
+def too_little_damping(mesh):
+    """Rank 0 guesses nothing in a flow, so it sees nothing of it."""
+    pipe = FLOW.pipeline()
+    windows = Listed(sizes=(1, 1, 3, 3), damping=(0.5,))
+    with parallelized(pipe, Plan(step=Steps(degree=3, windows=windows)), mesh=mesh):
+        FLOW.call(pipe)
+
+
+@pytest.mark.ranks
+def test_what_only_guessing_ranks_refuse_ends_the_waits_of_the_others():
+    limits = {"timeout_s": 150, "mesh_timeout_s": 300}
+    waiting, *raising = run_ranks(told, {"step": 3}, too_little_damping, **limits)
+    assert waiting[0].startswith("RankLost")
+    assert "stored damping has 1 horizons, a window asks for 2" in waiting[0]
+    assert all(said.startswith("ConfigError: stored damping") for said, _ in raising)
+    assert not any(usable for _, usable in (waiting, *raising))
 
 
 def unguided(mesh):

@@ -289,13 +289,22 @@ class StepRun:
         window = self.window
         if window.guesses is None:
             ahead = self.noise[window.start : window.start + window.size - 1]
-            window.guesses = made = self.predictor.guesses(ahead)
-            if len(made) != len(ahead):
-                raise ConfigError(
-                    f"{type(self.predictor).__name__}.guesses returned {len(made)} predictions for "
-                    f"{len(ahead)} steps\n  to fix: one for every noise fraction it is given"
-                )
+            try:
+                window.guesses = self._guessed(ahead)
+            except ConfigError as error:
+                # Not every rank guesses, and those that do not would wait for this one.
+                self.mesh.abort(f"step {self.position}: {error}")
+                raise
         return window.guesses
+
+    def _guessed(self, ahead: Sequence[float]) -> Sequence[Tensor]:
+        made = self.predictor.guesses(ahead)
+        if len(made) != len(ahead):
+            raise ConfigError(
+                f"{type(self.predictor).__name__}.guesses returned {len(made)} predictions for "
+                f"{len(ahead)} steps\n  to fix: one for every noise fraction it is given"
+            )
+        return made
 
     # ---- between steps ---------------------------------------------------------------------
 
