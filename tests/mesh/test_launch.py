@@ -4,13 +4,14 @@ import contextlib
 import os
 import signal
 import time
+from multiprocessing import forkserver
 
 import pytest
 import torch
 
 from stretto.errors import LaunchError, PlanMismatch, RankLost
 from stretto.mesh.join import init_mesh
-from stretto.mesh.launch import GRACE_S, launch
+from stretto.mesh.launch import GRACE_S, launch, prepare
 from stretto.testing.ranks import Axes
 
 TWO = Axes({"step": 2})
@@ -63,6 +64,11 @@ def stalls_while_a_peer_waits(tell):
 def stalls_everywhere(tell):
     tell("loading for ever")
     time.sleep(600)
+
+
+def stops_the_server(tell):
+    tell("stopping the server")
+    os.kill(os.getppid(), signal.SIGSTOP)
 
 
 def run(entry, *args, notes=None, timeout_s=60.0, ranks=2):
@@ -162,3 +168,23 @@ def test_silence_everywhere_ends_within_the_timeout():
     with pytest.raises(RankLost, match=rf"within {2 + GRACE_S:g} s: rank 0 .*loading for ever"):
         run(stalls_everywhere, notes=notes, timeout_s=2.0)
     assert_all_ended(notes)
+
+
+@pytest.mark.ranks
+def test_a_server_that_is_stopped_before_it_begins_ranks_is_named_in_time():
+    prepare()
+    server = forkserver._forkserver._forkserver_pid
+    os.kill(server, signal.SIGSTOP)
+    words = rf"within {1 + GRACE_S:g} s: rank 0 .recorded nothing(.|\n)*process {server}, the server"
+    with pytest.raises(RankLost, match=words):
+        run(hears, timeout_s=1.0)
+    assert run(hears) == [True, True]
+
+
+@pytest.mark.ranks
+def test_a_server_that_is_stopped_under_its_ranks_is_named_in_time():
+    notes = []
+    with pytest.raises(RankLost, match=r"process \d+, the server that ranks are forked from"):
+        run(stops_the_server, notes=notes, timeout_s=1.0)
+    assert_all_ended(notes)
+    assert run(hears) == [True, True]

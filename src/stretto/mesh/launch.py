@@ -76,11 +76,16 @@ def abandon() -> None:
 
     Ranks that it was asked for and has not begun would find nobody that they belong to.
     """
-    # The standard library's own name: without it the server still ends, after its imports.
-    server = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    server = _server()
     if server is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(server, signal.SIGKILL)
+
+
+def _server() -> int | None:
+    """The process that ranks are forked from, None before it was started."""
+    # The standard library's own name: without it the server still ends, after its imports.
+    return getattr(forkserver._forkserver, "_forkserver_pid", None)
 
 
 def launch(
@@ -100,7 +105,8 @@ def launch(
     All processes have ended when it returns. Raises what a rank raised: errors of the tree in
     their own type, others as LaunchError, both with the rank's traceback in `__notes__`;
     RankLost when a rank dies, or when no rank gives a sign for `timeout_s` seconds; a note may ask
-    for more until the next one, with `patience_s=`.
+    for more until the next one, with `patience_s=`. A stopped server of ranks (SIGSTOP) is no
+    exception: it is named, and ended, as nobody else could say that its ranks have.
     """
     if ranks == 1:
         return [_here(entry, args, threads, on_note)]
@@ -148,6 +154,9 @@ def _start(job: _Job, ranks: int) -> str:
         if asked.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
         raise SystemExit(128 + asked.sigval) from None
+    except (EOFError, ConnectionError):
+        # How the standard library says it: a pipe to the server that has no other end any more.
+        return "the server that ranks are forked from ended before it had begun them"
     return ""
 
 
@@ -197,7 +206,7 @@ class _Watch:
         return RankLost(f"{error}\n  lost: {self._last_words(silent)}")
 
     def _follow(self) -> None:
-        last, failed = time.monotonic(), None
+        last, failed, asked = time.monotonic(), None, None
         while not self._done.wait(_POLL_S):
             now = time.monotonic()
             if self._read():
@@ -205,19 +214,25 @@ class _Watch:
             # A rank's own waits time out first and know more; this is for when nobody is waiting.
             elif not self.stalled and now - last > self._patience_s:
                 limit = self._patience_s
-                self.stalled = f"no rank gave a sign within {limit:g} s: {self._last_words()}"
+                why = f"{self._last_words()}{_server_words()}"
+                self.stalled = f"no rank gave a sign within {limit:g} s: {why}"
             if failed is None and any(self.folder.glob("*.error")):
                 failed = now
             # torchrun asks the others to end, and waits long for one that cannot hear it.
             if self.stalled or (failed is not None and now - failed > 2 * GRACE_S):
                 self._end_all()
+                asked = now if asked is None else asked
+            # Ranks are its children: if it does not say that they ended, torchrun waits for ever.
+            if asked is not None and now - asked > GRACE_S:
+                _end_server()
 
     @property
     def _patience_s(self) -> float:
         """Seconds of silence that are a stall; the first sign waits for the server's imports."""
         asked = [note.get("patience_s", 0.0) for note in self.notes.values()]
         limit = max(self.timeout_s, *asked, 0.0) + GRACE_S
-        return limit if len(self.notes) == self.ranks else max(limit, START_S)
+        has_begun = len(self.notes) == self.ranks
+        return limit if has_begun or _is_stopped(_server()) else max(limit, START_S)
 
     def _read(self) -> bool:
         """Pick up new notes; whether there were any."""
@@ -262,6 +277,36 @@ class _Watch:
             )
         error.add_note(f"in rank {rank}:\n{told['traceback']}")
         return told["time"], error
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Whether a signal holds a process; False where /proc does not tell."""
+    with contextlib.suppress(OSError):
+        # The name of a process may hold spaces and brackets; its state follows the last of them.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    return False
+
+
+def _server_words() -> str:
+    """What a stopped server has to do with ranks that are late, "" if it runs."""
+    server = _server()
+    if not _is_stopped(server):
+        return ""
+    return (
+        f"\n  why: process {server}, the server that ranks are forked from and that says when they "
+        "end, was stopped by a signal\n"
+        "  to fix: run it again, a new server is started"
+    )
+
+
+def _end_server() -> None:
+    """End the server, and wait until it has, so that the next job does not ask it for ranks."""
+    server = _server()
+    if server is not None:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(server, signal.SIGKILL)
+            # The standard library collects it, and takes one that it cannot collect for a bug.
+            os.waitid(os.P_PID, server, os.WEXITED | os.WNOWAIT)
 
 
 def _precedence(told: tuple[float, StrettoError]) -> tuple[bool, float]:
