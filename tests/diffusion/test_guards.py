@@ -279,3 +279,42 @@ def test_a_pipeline_called_by_its_own_callback_is_refused():
         with pytest.raises(UnsupportedPipeline, match="called inside its own call"):
             DDIM.call(pipe, callback_on_step_end=again)
         assert torch.equal(DDIM.call(pipe), plain)
+
+
+def copied_plainly(pipe, plain, attached):
+    """A deep copy made under a plan gives `plain`'s bits from modules of its own, untouched."""
+    other = copy.deepcopy(pipe)
+    assert type(other) is plain
+    assert "forward" not in vars(other.unet)
+    assert not {"step", "set_timesteps"} & set(vars(other.scheduler))
+    before = attached.report
+    with counted(other) as seen:
+        result = DDIM.call(other)
+    assert seen
+    assert attached.report is before
+    return result
+
+
+def test_a_pipeline_copied_under_a_plan_is_a_plain_one():
+    pipe = DDIM.pipeline()
+    plain, kind = DDIM.call(pipe), type(pipe)
+    with parallelized(pipe, Plan(), mesh=alone()) as attached:
+        assert torch.equal(copied_plainly(pipe, kind, attached), plain)
+        assert torch.equal(DDIM.call(pipe), plain)
+        assert attached.report is not None
+    assert type(pipe) is kind
+    assert "forward" not in vars(pipe.unet)
+
+
+def test_a_pipeline_copied_by_its_own_callback_is_refused():
+    pipe = DDIM.pipeline()
+
+    def copying(pipe, i, t, tensors):
+        copy.deepcopy(pipe)
+        return {}
+
+    with (
+        parallelized(pipe, Plan(), mesh=alone()),
+        pytest.raises(UnsupportedPipeline, match="deep-copied inside its own call"),
+    ):
+        DDIM.call(pipe, callback_on_step_end=copying)

@@ -7,6 +7,7 @@ what the pipeline passes, after offload and context-parallel hooks were register
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -196,6 +197,9 @@ class Attachment:
             def __call__(self, *args: Any, **kwargs: Any) -> Any:
                 return attachment.call(plain.__call__, *args, **kwargs)
 
+            def __deepcopy__(self, memo: dict) -> Any:
+                return attachment.plain_copy(memo)
+
             @property
             def interrupt(self) -> bool:
                 run = attachment._run
@@ -207,6 +211,24 @@ class Attachment:
         pipe.__class__ = Guarded
         self._undo.append(lambda: setattr(pipe, "__class__", plain))
 
+    def plain_copy(self, memo: dict) -> Any:
+        """A deep copy of the pipeline without the plan. Raises UnsupportedPipeline, HookDisplaced.
+
+        Hooks are off meanwhile: copied wrappers would run the original's modules and schedulers.
+        """
+        if self._run is not None:
+            raise UnsupportedPipeline(
+                f"{type(self.pipe).__name__} is deep-copied inside its own call, by a callback\n"
+                "  why: the copy would be under the plan of a call that it is no part of\n"
+                "  to fix: copy it before the call"
+            )
+        self._check_in_place()
+        self.detach()
+        try:
+            return copy.deepcopy(self.pipe, memo)
+        finally:
+            self.attach()
+
     # ---- one call ------------------------------------------------------------------------------
 
     def call(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -216,11 +238,7 @@ class Attachment:
                 f"{type(self.pipe).__name__} is called inside its own call, by a callback; give "
                 "the callback a pipeline of its own"
             )
-        if not all(check() for check in self._in_place):
-            raise HookDisplaced(
-                f"{type(self.pipe).__name__}: a hooked method or the scheduler was replaced after "
-                "parallelized() began; set up compile, offload and the scheduler before it"
-            )
+        self._check_in_place()
         self._refuse()
         self._remembered.trim()
         generators = _generators([*args, *kwargs.values()])
@@ -239,6 +257,13 @@ class Attachment:
         finally:
             self._run = None
             self.mesh.allow(usual_s)
+
+    def _check_in_place(self) -> None:
+        if not all(check() for check in self._in_place):
+            raise HookDisplaced(
+                f"{type(self.pipe).__name__}: a hooked method or the scheduler was replaced after "
+                "parallelized() began; set up compile, offload and the scheduler before it"
+            )
 
     def _leave_peers(self, error: BaseException) -> None:
         """Say why this rank ends; end the waits of the others, unless they end by themselves.
