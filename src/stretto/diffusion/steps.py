@@ -22,7 +22,7 @@ from torch import Tensor
 from stretto.diffusion import exchange
 from stretto.diffusion.batched import Meeting
 from stretto.diffusion.deferred import Deferred
-from stretto.diffusion.denoise import Denoise, Passes
+from stretto.diffusion.denoise import Denoise, Passes, tensors_of
 from stretto.diffusion.guidance import Branches
 from stretto.diffusion.handover import Handover
 from stretto.diffusion.leader import Leader
@@ -128,6 +128,8 @@ class StepRun:
         self.window = Window(0, 0, 1)
         self._opening: Callable[[], None] | None = None
         self._call_counts: Counter[str] = Counter()
+        #: Where the denoiser's outputs of this step lie.
+        self._own_memory: set[int] = set()
         self._errors: Sequence[float] = ()
         if self.plan.step.walk == "leader":
             self._follow_a_leader()
@@ -164,6 +166,7 @@ class StepRun:
         if not self._evaluates and known is not None:
             return known
         output = self._evaluate(call, known)
+        self._own_memory.update(_memory(tensor) for tensor in tensors_of(output))
         self._open()
         if known is None or self.predictor.needs_own_output:
             # Elsewhere what stands in is replaced by a guess: its form is all that matters.
@@ -259,8 +262,11 @@ class StepRun:
         call = call.replaced(model_output=self.branches.settle(call.guided))
         exchange.check_finite(call.guided, self.position, self.deferred, rank=self.rank)
         self.window.calls.append(call)
+        # A denoiser that runs as a graph puts its next output where this one lies.
+        is_lent = _memory(call.guided) in self._own_memory
+        lasting = call.guided.clone() if is_lent else call.guided
         result = self.port.real(call)
-        self.remember(self.position, call.guided)
+        self.remember(self.position, lasting)
         return result
 
     def _parallel(self, call: StepCall) -> Any:
@@ -319,6 +325,7 @@ class StepRun:
         if self._has_windows:
             self.handover.leave(result)
         self._call_counts.clear()
+        self._own_memory.clear()
         self.branches.next_step()
         self.position += 1
         if not self._is_planned:
@@ -414,6 +421,10 @@ class StepRun:
                 f"that began at step {self.window.start}; its latents are guesses. Use windows "
                 f"that sum to the {self.position} steps taken, or Plan(step=1)"
             )
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _refuse_edits(position: int, edited: Tensor) -> None:
