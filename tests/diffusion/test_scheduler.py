@@ -1,8 +1,10 @@
 """What the port hands to a scheduler: its own timesteps, on the host; its state, as it was."""
 
+import pytest
 import torch
 
 from stretto.diffusion.scheduler import HostTimes, SchedulerPort
+from stretto.errors import UnsupportedPipeline
 
 
 def test_host_times_know_items_of_the_grid_by_their_memory():
@@ -98,3 +100,30 @@ def test_an_exported_state_is_plain_and_its_own():
     assert sent["grid"].tolist() == [0, 1, 2]
     port.restore(sent)
     assert scheduler.grid.tolist() == [0, 1, 2]
+
+
+class _Passing:
+    """A step that hands on whatever it does not know."""
+
+    def step(self, model_output, timestep, sample, *args, generator=None, **others):
+        return (sample, args, generator, others)
+
+
+class _ByPlace:
+    def step(self, model_output, timestep, sample, /):
+        return (sample,)
+
+
+def test_arguments_arrive_under_the_names_they_were_given():
+    port, x = SchedulerPort(_Passing()), torch.ones(1)
+    for _ in range(2):
+        assert port.real(port.bind(x, 1, x, eta=3))[1:] == ((), None, {"eta": 3})
+        assert port.real(port.bind(x, 1, sample=x, generator=4))[1:] == ((), 4, {})
+
+
+def test_arguments_without_a_name_are_refused():
+    x = torch.ones(1)
+    with pytest.raises(UnsupportedPipeline, match="4 arguments by place, of which 3 have names"):
+        SchedulerPort(_Passing()).bind(x, 1, x, 5)
+    with pytest.raises(UnsupportedPipeline, match=r"has no \['model_output', 'sample'\]"):
+        SchedulerPort(_ByPlace())

@@ -23,6 +23,8 @@ from stretto.errors import UnsupportedPipeline
 _CARRIED = ("epsilon", "sample", "v_prediction")
 #: Arguments of a step that a scheduler might write into, and that are stepped again in a replay.
 _GIVEN = ("sample", "model_output")
+_BY_PLACE_OR_NAME = inspect.Parameter.POSITIONAL_OR_KEYWORD
+_BY_NAME = inspect.Parameter.KEYWORD_ONLY
 #: Attributes that the hooks put on the instance; they are no part of its state.
 WRAPPED = ("step", "set_timesteps")
 
@@ -54,10 +56,12 @@ class SchedulerPort:
         self.scheduler = scheduler
         self._step: Callable = scheduler.step
         self.signature = inspect.signature(scheduler.step)
-        self._names = tuple(self.signature.parameters)
+        kinds = {name: p.kind for name, p in self.signature.parameters.items()}
+        self._names = tuple(name for name, kind in kinds.items() if kind is _BY_PLACE_OR_NAME)
+        named = {*self._names, *(n for n, kind in kinds.items() if kind is _BY_NAME)}
         #: Forms of calls that were found to fit the signature.
         self._fitting: set[tuple] = set()
-        missing = {"sample", "model_output"} - set(self._names)
+        missing = {"sample", "model_output"} - named
         if missing:
             raise UnsupportedPipeline(
                 f"{type(scheduler).__name__}.step{self.signature} has no {sorted(missing)}: "
@@ -73,11 +77,20 @@ class SchedulerPort:
         self._levels: np.ndarray | None = None
 
     def bind(self, *args: Any, **kwargs: Any) -> StepCall:
-        """A call by name. Raises TypeError for arguments that the scheduler does not take."""
+        """A call by name. Raises TypeError for arguments that the scheduler does not take.
+
+        Raises UnsupportedPipeline for arguments without a name.
+        """
         form = (len(args), *kwargs)
         if form not in self._fitting:
             # Once: it takes longer than all the rest.
             self.signature.bind(*args, **kwargs)
+            if len(args) > len(self._names):
+                raise UnsupportedPipeline(
+                    f"{type(self.scheduler).__name__}.step{self.signature} was given {len(args)} "
+                    f"arguments by place, of which {len(self._names)} have names: steps are "
+                    "replayed by name; give the rest by name"
+                )
             self._fitting.add(form)
         return StepCall({**dict(zip(self._names, args, strict=False)), **kwargs})
 
