@@ -289,34 +289,3 @@ def _way_out(training: Training, found: TrainEstimate) -> str:
         return "more devices to spread the model's states over, or fewer bytes of state"
     tokens = int(training.tokens * (found.room - fixed) / (memory.total - fixed))
     return f"sequences of about {tokens} tokens, or more devices"
-
-
-def check_fits(training: Training, cluster: Cluster, plan: Plan) -> TrainEstimate:
-    """The estimate of a plan that fits. Raises Infeasible: by how much, and the nearest that does.
-
-    Nearest is the plan of most like degrees and options, the fastest of those.
-    """
-    found = estimate(training, cluster, plan)
-    if found.fits:
-        return found
-    message = f"{plan}: {shortage(found)} on {cluster.name}"
-    try:
-        ranking = rank_plans(training, cluster, ranks=plan.world_size)
-    except Infeasible as error:
-        raise Infeasible(f"{message}\n{error}") from None
-    near = min(ranking.choices, key=lambda choice: _distance(plan, choice))
-    raise Infeasible(
-        f"{message}\n  to fix: {near.plan} ({short('s', near.estimate.seconds)} a step, "
-        f"{near.estimate.memory.total / 2**30:.2f} GiB), or more devices"
-    )
-
-
-def _distance(plan: Plan, choice: TrainChoice) -> tuple[float, float]:
-    """How many powers of two the degrees differ, and a bit for other options."""
-    mine, other = plan.cp, choice.plan.cp
-    apart = abs(math.log2(plan.dp.degree / choice.plan.dp.degree))
-    for axis in ("ulysses", "team", "ring"):
-        apart += abs(math.log2(getattr(mine, axis) / getattr(other, axis)))
-    apart += 0.25 * (mine.schedule != other.schedule)
-    apart += 0.25 * (mine.schedule.kind != other.schedule.kind)
-    return apart, choice.estimate.seconds
