@@ -175,7 +175,9 @@ def test_a_server_that_is_stopped_before_it_begins_ranks_is_named_in_time():
     prepare()
     server = forkserver._forkserver._forkserver_pid
     os.kill(server, signal.SIGSTOP)
-    words = rf"within {1 + GRACE_S:g} s: rank 0 .recorded nothing(.|\n)*process {server}, the server"
+    words = (
+        rf"within {1 + GRACE_S:g} s: rank 0 .recorded nothing(.|\n)*process {server}, the server"
+    )
     with pytest.raises(RankLost, match=words):
         run(hears, timeout_s=1.0)
     assert run(hears) == [True, True]
