@@ -150,3 +150,11 @@ def test_attention_tables_and_exit_code(changes, code, words, tmp_path, capsys, 
     assert "8.016! (2)" in printed  # StarTrail at 4 ranks sends more than the ring
     assert "3 runs left out: the time was up" in printed
     assert json.loads(out.read_text())["case"] == "attention"
+
+
+@pytest.mark.parametrize("name", ["steps", "links"])
+def test_the_least_number_of_repeats_is_in_the_help_and_is_what_is_taken(name, tmp_path, capsys):
+    assert main(["bench", name, "--help"]) == 0
+    assert "1 at least" in " ".join(capsys.readouterr().out.split())
+    assert main(["bench", name, "--repeats", "0", "--out", str(tmp_path / "r.json")]) == 2
+    assert "repeats" in capsys.readouterr().err

@@ -69,7 +69,7 @@ def bench_steps(
     Parameters
     ----------
     repeats
-        Interleaved rounds of the timed methods.
+        Interleaved rounds of the timed methods, 1 at least; below 3 the median says little.
     quick
         A few steps of one picture: shows that everything runs, measures nothing worth quoting.
     out
@@ -133,7 +133,8 @@ def bench_links(
         Mbit/s of every node's link, each way. Lower on a slower machine: links must be the
         bottleneck, not its cores. Plans of the headline are timed at four times this rate too.
     repeats
-        Interleaved rounds.
+        Interleaved rounds at most, 1 at least. Where the minutes of a case do not suffice it has
+        fewer, but 3 at least if as many were asked for.
     layouts
         Nodes x ranks of each, all by default: 2x8, 4x4, 2x4, 8x2.
     quick

@@ -110,10 +110,11 @@ class Plan(BaseModel):
         return axes.world_size(self.sizes)
 
     def explain(self) -> str:
-        """Ranks and axes in words: what the plan says by itself.
+        """Ranks and axes in words, and nothing else: all that a plan says by itself.
 
-        Phases, bytes, hops and seconds are of a job and a cluster: `stretto.explain(plan)` gives a
-        training plan's phases in blocks, with a workload its exact bytes, with both its seconds.
+        No phases, bytes, hops or seconds, which are of a job and a cluster: `stretto.explain(plan)`
+        gives a training plan's phases in blocks, with a workload its exact bytes, with both its
+        seconds.
         """
         lines = [repr(self)]
         shown = {axis: n for axis, n in self.sizes.items() if n > 1}

@@ -340,6 +340,9 @@ class Data:
     """Batches over groups of ranks: `shard` ranks share weights (fully sharded), groups of them
     hold `replicate` copies.
 
+    Copies (HSDP, `replicate` > 1) can be written and counted; the trainer keeps weights once and
+    refuses them (PlanMismatch), naming the plan of as many shards to use instead.
+
     `micro_batch`: sequences per forward pass and rank group; `reduce_dtype`: in which gradients
     travel, `input` is that of the parameters.
     """
