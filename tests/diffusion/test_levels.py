@@ -28,6 +28,14 @@ def test_an_item_is_a_tensor_of_the_host_until_it_is_sent():
     assert len(levels) == 5
 
 
+def test_what_a_scheduler_kept_can_be_copied():
+    levels = Levels.of(torch.ones(3), CPU)
+    for kept in copy.deepcopy({"grid": levels, "level": levels[1]}).values():
+        assert type(kept) is torch.Tensor
+        kept.zero_()
+    assert float(levels.sum()) == 3.0
+
+
 def test_what_is_sent_may_be_written_into():
     levels = Levels.of(torch.ones(3), CPU)
     levels[0].to(CPU).zero_()

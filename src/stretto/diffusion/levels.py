@@ -15,11 +15,18 @@ from stretto.diffusion.deferred import on_device
 from stretto.diffusion.kept import version_of
 
 
-class Level(Tensor):
-    """One level on the host; sent to `twin`'s device, it is copied there."""
-
+class _OfHost(Tensor):
     # Arithmetic is that of tensors, and so is what comes out.
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyrefly: ignore[bad-override]
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        """A plain tensor: a scheduler that kept a level may be copied after its steps."""
+        return self.clone()
+
+
+class Level(_OfHost):
+    """One level on the host; sent to `twin`'s device, it is copied there."""
+
     twin: Tensor
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -28,10 +35,9 @@ class Level(Tensor):
         return super().to(*args, **kwargs)
 
 
-class Levels(Tensor):
+class Levels(_OfHost):
     """A grid of one dim on the host, whose items are `Level`."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyrefly: ignore[bad-override]
     items: list[Level]
 
     @staticmethod
