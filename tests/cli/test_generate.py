@@ -10,9 +10,11 @@ import time
 import pytest
 
 from stretto.cli import app as cli
-from stretto.cli.generate_options import threads_of
+from stretto.cli import generate as generating
+from stretto.cli.generate_options import Subject, call_of, threads_of
 from stretto.cluster import detect
 from stretto.diffusion.steps import StepRun
+from stretto.diffusion.worker import _read
 from stretto.errors import PlanMismatch
 from stretto.plan.io import write_plan
 from stretto.plan.model import Plan
@@ -129,10 +131,14 @@ def test_files_of_an_earlier_run_are_named(tmp_path, capsys):
         (("--guidance-scale", "nan", *BRIEF), "nan is no finite number"),
         (("--seed", "9" * 24, *BRIEF), 'Invalid value "9999'),
         (("--device", "meta", *BRIEF), "--device 'meta': ranks work on cpu or cuda"),
+        (("--set", "guidance_scale=NaN", *BRIEF), "--set ...NaN: no finite number"),
+        (("--set", "sigmas=[1, 1e999]", *BRIEF), "--set ...1e999: no finite number"),
+        (("--set", "guidance_scale=2", "--set", "guidance_scale=3"), "guidance_scale=... is given"),
         (("--set", "output_type=pil"), "stretto sets it"),
         (("--plan", "absent.yaml"), "cannot read absent.yaml"),
         (("--plan", "absent.yaml", "--cfg", "2"), "already says --cfg"),
         (("absent-folder",), "no folder absent-folder"),
+        (("",), "no folder ''"),
         (("shipped:dti",), "did you mean 'dit'"),
         (("--dtype", "float8"), "--dtype 'float8'"),
         (("--step", "8", "--steps", "4", "--emulate"), "step=8 is larger than the 4 steps"),
@@ -141,6 +147,43 @@ def test_files_of_an_earlier_run_are_named(tmp_path, capsys):
 )
 def test_bad_input_is_one_message_and_2(arguments, expected, tmp_path, capsys):
     assert expected in refused(capsys, *arguments, out=tmp_path / "out").replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("stretto: [", "is not YAML"),
+        ("stretto: plan/1", "needed is `stretto: calibration/1`"),
+        (None, "step=9 is larger than the 4 steps"),
+    ],
+)
+def test_what_files_and_numbers_alone_show_is_refused_before_ranks_start(
+    content, expected, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(generating, "prepare", lambda *arguments, **options: None)
+    monkeypatch.setattr(generating, "launch", None)
+    arguments = ["--step", "9"]
+    if content is not None:
+        (tmp_path / "my.yaml").write_text(content)
+        arguments = ["--step", "2", "--windows", str(tmp_path / "my.yaml")]
+    assert expected in refused(capsys, *SMALL, *arguments, out=tmp_path / "out")
+
+
+def test_an_empty_folder_name_is_not_the_current_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert generate(*SMALL, out="") == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_is_text_whatever_it_starts_with():
+    call = call_of(Subject(prompt="@home", arguments=("negative_prompt=@@work", "other=plain")))
+    read = {name: _read(value) for name, value in call.items()}
+    assert read == {"prompt": "@home", "negative_prompt": "@work", "other": "plain"}
+
+
+def test_numbers_of_arguments_are_those_of_json():
+    call = call_of(Subject(arguments=("a=2.5", "b=[1, 1e3]", 'c="NaN"', "d=1.5.0")))
+    assert call == {"a": 2.5, "b": [1, 1000.0], "c": "NaN", "d": "1.5.0"}
 
 
 def test_a_plan_to_train_is_refused(tmp_path, capsys):

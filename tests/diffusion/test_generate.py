@@ -245,7 +245,27 @@ def test_comparison_adds_up():
     assert np.array_equal(outcome.floor.items, outcome.runs[3].media.items)
 
 
+def test_fewer_steps_take_as_many_evaluations_as_ours_where_steps_take_several(saved, tmp_path):
+    source, call = saved("sd15-heun"), embeddings("sd15-heun", tmp_path)
+    job = {"source": source, "call": {**call, "height": 16, "width": 16}, "steps": 8}
+    outcome = run(**job, ranks=2, plan=Plan(step=Steps(degree=2, exact_split=False)), repeats=1)
+    table = {row["who"]: row for row in compare.rows([outcome], timed=False)}
+    assert (table["sequential"]["depth"], table["sequential"]["evaluations"]) == (15, [15])
+    assert table["ours"]["scheduler_steps"] == 15
+    (evaluations,) = table["fewer steps"]["evaluations"]
+    assert evaluations == table["fewer steps"]["depth"]
+    assert abs(evaluations - table["ours"]["depth"]) <= 1
+    assert not table["fewer steps"]["identical"]
+
+
 # ---- small parts -----------------------------------------------------------------------------
+
+
+def test_long_messages_of_pipelines_keep_their_ends(saved, tmp_path):
+    call = embeddings("latte", tmp_path) | {"negative_prompt": ""}
+    with pytest.raises(ConfigError, match="Cannot forward both") as caught:
+        run(source=saved("latte"), ranks=1, call=call)
+    assert len(str(caught.value)) < 1500
 
 
 def test_progress_serves_both_ways_pipelines_use_a_bar():

@@ -14,6 +14,7 @@ from cyclopts import App, Parameter, validators
 
 from stretto.cli.generate_options import (
     Machine,
+    Out,
     Split,
     Subject,
     call_of,
@@ -51,7 +52,7 @@ def generate(
     machine: Machine = _MACHINE,
     compare: bool = False,
     repeats: _Repeats = None,
-    out: Annotated[Path, Parameter(name=("--out", "-o"))] = Path("out"),
+    out: Out = Path("out"),
     json: bool = False,
     quiet: bool = False,
 ) -> int:
@@ -108,10 +109,15 @@ def _job(
     folder: str, call: dict[str, Any], subject: Subject, machine: Machine, **fields: Any
 ) -> Job:
     """The job, its pipeline looked at but not loaded."""
+    from stretto.diffusion.calibration import check_file
     from stretto.diffusion.folder import check_torchvision, describe
     from stretto.diffusion.job import Job
+    from stretto.diffusion.worker import check_degree
 
     check_torchvision()
+    if fields["plan"] is not None:
+        check_degree(fields["plan"], subject.steps)
+        check_file(fields["plan"].step)
     if describe(folder, subject.denoiser).is_shipped:
         call.setdefault("class_labels", list(DEFAULT_CLASSES))
     return Job(

@@ -6,9 +6,10 @@ import difflib
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter, validators
 
@@ -30,6 +31,9 @@ from stretto.plan.options import (
     Windows,
 )
 
+if TYPE_CHECKING:
+    from cyclopts import Token
+
 SCHEDULES = {"tail": Tail, "parastep": Parastep, "fixed": Fixed, "adaptive": Adaptive}
 
 _Degree = Annotated[int | None, AT_LEAST_1]
@@ -42,6 +46,15 @@ def _check_finite(kind: Any, value: float | None) -> None:
         raise ValueError(f"{value} is no finite number.")
 
 
+def _folder(kind: Any, tokens: Sequence[Token]) -> Path:
+    """Raises ValueError for "", which a Path takes for the current folder: an unset variable."""
+    if not tokens[0].value:
+        raise ValueError("an empty name is no folder; the current one is '.'.")
+    return Path(tokens[0].value)
+
+
+#: The folder a command fills.
+Out = Annotated[Path, Parameter(name=("--out", "-o"), converter=_folder)]
 #: What torch takes as a seed; items of a batch take the next ones.
 Seed = Annotated[int, Parameter(converter=whole, validator=validators.Number(gte=0, lt=2**63))]
 Scale = Annotated[float | None, Parameter(validator=_check_finite)]
@@ -227,7 +240,7 @@ def check_comparison(compare: bool, repeats: int | None, ranks: int) -> None:
 
 def call_of(subject: Subject) -> dict[str, Any]:
     """Arguments of the pipeline call. Raises ConfigError."""
-    call = dict(_argument(text) for text in subject.arguments)
+    call = _arguments(subject.arguments)
     own = {name: getattr(subject, name) for name in ("guidance_scale", "prompt", "classes")}
     for name, value in own.items():
         place = "class_labels" if name == "classes" else name
@@ -236,9 +249,19 @@ def call_of(subject: Subject) -> dict[str, Any]:
     if subject.guidance_scale is not None:
         call["guidance_scale"] = subject.guidance_scale
     if subject.prompt is not None:
-        call["prompt"] = subject.prompt
+        # Text, whatever it starts with: @ stands for a file in --set alone.
+        call["prompt"] = "@" * subject.prompt.startswith("@") + subject.prompt
     if subject.classes is not None:
         call["class_labels"] = _classes(subject.classes)
+    return call
+
+
+def _arguments(texts: Sequence[str]) -> dict[str, Any]:
+    call: dict[str, Any] = {}
+    for name, value in map(_argument, texts):
+        if name in call:
+            raise ConfigError(f"--set {name}=... is given twice: give one")
+        call[name] = value
     return call
 
 
@@ -261,6 +284,18 @@ def _classes(text: str) -> list[int]:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError):
         return text
+
+
+def _finite(text: str) -> float:
+    """A number of JSON. Raises ConfigError for NaN, which pipelines take for "no guidance"."""
+    if not math.isfinite(value := float(text)):
+        raise ConfigError(
+            f"--set ...{text}: no finite number\n"
+            "  to fix: a number between -1.7e308 and 1.7e308, or text in quotes: '\"NaN\"'"
+        )
+    return value

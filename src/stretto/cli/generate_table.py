@@ -42,13 +42,18 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _line(result: dict[str, Any], row: dict[str, Any]) -> str:
-    parts = [f"{result['plan']}: {row['steps']} steps in depth {row['depth']:g}"]
+    parts = [f"{result['plan']}: {_steps(row)} in depth {row['depth']:g}"]
     if row["seconds"]:
         parts.append(f"{row['seconds'][0]:.2f} s (measured, {result['device']})")
     parts.append(f"{_each(row['evaluations'])} evaluations and {_sent(row)} sent per rank")
     if row.get("worst_guess"):
         parts.append(f"worst guess error {row['worst_guess']:.2%}")
     return ", ".join(parts)
+
+
+def _steps(row: dict[str, Any]) -> str:
+    asked, made = row["steps"], row["scheduler_steps"]
+    return f"{made} steps" if made == asked else f"{made} steps of the scheduler ({asked} asked)"
 
 
 def _table(result: dict[str, Any]) -> Table:

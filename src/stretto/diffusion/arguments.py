@@ -12,6 +12,8 @@ import torch
 from stretto.errors import ConfigError, StrettoError
 
 _CAUSES = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
+#: Characters at either end of a message that are kept.
+_HALF = 300
 #: Errors of the device, which no argument's value explains.
 _DEVICE = (torch.OutOfMemoryError, torch.AcceleratorError)
 #: Modules whose mistakes are not the arguments'; the shipped pipelines take arguments like others.
@@ -34,10 +36,16 @@ def naming_arguments(pipe: Any, given: Mapping[str, Any]) -> Iterator[None]:
             raise
         shown = ", ".join(f"{name}={value!r:.40}" for name, value in given.items())
         raise ConfigError(
-            f"{type(pipe).__name__} cannot be called so: {type(error).__name__}: {error}\n"
+            f"{type(pipe).__name__} cannot be called so: {type(error).__name__}: {_brief(error)}\n"
             f"  it was given: {shown or 'nothing but steps and a generator'}\n"
             "  to fix: mend the value, or pass what is missing with --set"
         ) from error
+
+
+def _brief(error: BaseException) -> str:
+    """What it says, without the middle where that is long: pipelines print whole tensors."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 2 * _HALF else f"{text[:_HALF]} [...] {text[-_HALF:]}"
 
 
 def _is_ours(error: BaseException) -> bool:

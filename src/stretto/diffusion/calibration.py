@@ -187,6 +187,15 @@ def check(known: Calibration, steps: Steps, subject: Mapping[str, str], *, sourc
         )
 
 
+def check_file(steps: Steps) -> None:
+    """Raise what `resolved` would that needs no pipeline; nothing where no file is named."""
+    option = steps.windows
+    if isinstance(option, Calibrated):
+        known = read_calibration(option.file)
+        check(known, steps, known.subject, source=option.file)
+        known.entry(option.depth)
+
+
 def _parse(fields: dict, source: str) -> Calibration:
     try:
         known = Calibration.model_validate(fields)

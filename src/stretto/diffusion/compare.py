@@ -72,9 +72,9 @@ def compare(worker: Worker) -> Outcome:
             _merge(outcome.runs, worker.run(method.who, method.plan, job.steps, stage))
         ours = next(run for run in outcome.runs if run.who == OURS)
         assert ours.report is not None, "ours runs under a plan on every rank"
-        depth = round(depth_of(ours.report, plan, outcome.costs))
+        steps = fewer_steps(job.steps, ours.report, depth_of(ours.report, plan, outcome.costs))
         stage = f"{FEWER} ({repeat + 1} of {job.repeats})"
-        _merge(outcome.runs, worker.run(FEWER, None, max(1, depth), stage))
+        _merge(outcome.runs, worker.run(FEWER, None, steps, stage))
     outcome.floor = _floor(worker, outcome, compared)
     return outcome
 
@@ -89,6 +89,15 @@ def depth_of(report: dict, plan: Plan, costs: Costs) -> float:
     exact = costs.get((plan.step.degree if shared else 1, plan.cfg.degree), 1.0)
     window = costs.get((1, plan.cfg.degree), 1.0)
     return sum(exact if part["size"] == 1 else window for part in report["windows"])
+
+
+def fewer_steps(steps: int, report: dict, depth: float) -> int:
+    """Steps to ask for so that a sequential run takes as long as a run of this depth.
+
+    Depth counts steps of the scheduler. Heun's method takes two for most that are asked for: as
+    many asked steps as the depth would be the whole sequential run again.
+    """
+    return max(1, round(steps * depth / report["steps"]))
 
 
 # ---- on the ranks ----------------------------------------------------------------------------
@@ -186,27 +195,35 @@ def rows(outcomes: Sequence[Outcome], *, timed: bool = True) -> list[dict[str, A
     """One row of plain data per method, from what all ranks returned; rows we lose stay."""
     first = outcomes[0]
     reference = next((run for run in first.runs if run.who == SEQUENTIAL), None)
-    return [
-        _row(run, [_of(outcome, run.who) for outcome in outcomes], reference, first.costs, timed)
-        for run in first.runs
-    ]
+    total = next(run.report["steps"] for run in first.runs if run.who == OURS and run.report)
+    found = []
+    for run in first.runs:
+        ranks = [_of(outcome, run.who) for outcome in outcomes]
+        depth = _depth(run, reference, total, first.costs)
+        row = _row(run, ranks, depth) | {"seconds": run.seconds if timed else []}
+        found.append(row | _against(run, reference, total / depth, timed))
+    return found
 
 
 def _of(outcome: Outcome, who: str) -> Run:
     return next(run for run in outcome.runs if run.who == who)
 
 
-def _row(
-    run: Run, ranks: Sequence[Run], reference: Run | None, costs: Costs, timed: bool
-) -> dict[str, Any]:
+def _depth(run: Run, reference: Run | None, total: int, costs: Costs) -> float:
+    """In steps of the scheduler, of which the sequential run takes `total`."""
+    if run.report and run.plan:
+        return depth_of(run.report, run.plan, costs)
+    return float(total) if reference is None else total * run.calls / reference.calls
+
+
+def _row(run: Run, ranks: Sequence[Run], depth: float) -> dict[str, Any]:
+    """What a method did. `steps` were asked for; `scheduler_steps` a scheduler made of them."""
     row: dict[str, Any] = {"who": run.who, "plan": run.plan_text, "steps": run.steps}
-    row["seconds"] = run.seconds if timed else []
     reports = [r.report for r in ranks if r.report]
     if run.report and "ranks" in run.report:
         reports = run.report["ranks"]
-    depth = float(run.steps)
-    if run.report and run.plan:
-        depth = depth_of(run.report, run.plan, costs)
+    if run.report:
+        row["scheduler_steps"] = run.report["steps"]
         row["windows"] = [part["size"] for part in run.report["windows"]]
         row["walk"] = run.report["walk"]
         row["worst_guess"] = max((p["error"] or 0.0 for p in run.report["windows"]), default=0.0)
@@ -215,13 +232,17 @@ def _row(
     row["structure_calls"] = [r["structure_calls"] for r in reports] or [0]
     row["network_calls"] = [r["network_calls"] for r in reports] or [0]
     row["bytes_sent"] = [r["bytes_sent"] for r in reports] or [0]
-    if reference is not None:
-        total = run.report["steps"] if run.report else reference.steps
-        row["ceiling"] = total / depth
-        if timed:
-            row |= speeds(run.seconds, reference.seconds, row["ceiling"])
-        row |= distance(run.media, reference.media)
     return row
+
+
+def _against(run: Run, reference: Run | None, ceiling: float, timed: bool) -> dict[str, Any]:
+    """What a row says beside the sequential run: nothing where there was none."""
+    if reference is None:
+        return {}
+    found: dict[str, Any] = {"ceiling": ceiling}
+    if timed:
+        found |= speeds(run.seconds, reference.seconds, ceiling)
+    return found | distance(run.media, reference.media)
 
 
 def speeds(

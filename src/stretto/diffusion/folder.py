@@ -50,9 +50,9 @@ def describe(source: str | os.PathLike[str], denoiser: str | None = None) -> Des
     text, folder = os.fspath(source), Path(source)
     if text.startswith(SHIPPED) or (text in SHIPPED_CLASSES and not folder.exists()):
         return _shipped(text.removeprefix(SHIPPED))
-    if not folder.is_dir():
+    if not text or not folder.is_dir():
         raise ConfigError(
-            f"no folder {folder}\n"
+            f"no folder {text or repr(text)}\n"
             "  why: pipelines are opened from local diffusers folders, nothing is downloaded\n"
             f"  to fix: an existing folder, or a shipped model: {', '.join(SHIPPED_CLASSES)}"
         )

@@ -14,7 +14,8 @@ from stretto.plan.model import Plan
 class Job:
     """What to generate. `plan` None means the automatic one for `ranks`.
 
-    `call`: arguments of the pipeline call; text "@file" stands for a picture or a .npy array.
+    `call`: arguments of the pipeline call; text "@file" stands for a picture or a .npy array,
+    "@@text" for text that starts with @.
     `steps`, `seed`: item i of a batch has the seed `seed` + i where the pipeline takes a batch of
     class labels, else the whole call has one generator. `repeats` 0: no comparison.
     """

@@ -55,7 +55,7 @@ class Worker:
         # Looked at now: under a plan the pipeline has another class.
         self._accepted = inspect.signature(type(pipe).__call__).parameters
         self._can_skip_decoding = '"latent"' in _source_of(type(pipe))
-        _check_degree(plan, job.steps)
+        check_degree(plan, job.steps)
 
     @property
     def is_alone(self) -> bool:
@@ -292,9 +292,11 @@ def _checked(pipe: Any, job: Job) -> dict[str, Any]:
 
 
 def _read(value: Any) -> Any:
-    """An argument; "@file" is what the file holds."""
+    """An argument; "@file" is what the file holds, "@@text" the text without its first @."""
     if not isinstance(value, str) or not value.startswith("@"):
         return value
+    if value.startswith("@@"):
+        return value[1:]
     file = Path(value[1:])
     if not file.is_file():
         raise ConfigError(f"no file {file}, which --set names with @")
@@ -308,7 +310,8 @@ def _read(value: Any) -> Any:
         raise ConfigError(f"{file} is neither a picture nor a .npy array: {error}") from None
 
 
-def _check_degree(plan: Plan, steps: int) -> None:
+def check_degree(plan: Plan, steps: int) -> None:
+    """Raise PlanMismatch for more step ranks than steps."""
     if plan.step.degree > steps:
         raise PlanMismatch(
             f"step={plan.step.degree} is larger than the {steps} steps of this generation\n"
