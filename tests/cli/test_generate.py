@@ -139,6 +139,9 @@ def test_files_of_an_earlier_run_are_named(tmp_path, capsys):
         (("--plan", "absent.yaml", "--cfg", "2"), "already says --cfg"),
         (("absent-folder",), "no folder absent-folder"),
         (("",), "no folder ''"),
+        (("x" * 300,), "no folder xxx"),
+        (("--step", "2", "--windows", "x" * 300), "and no file has that name"),
+        (("--set", "latents=@" + "x" * 300, *BRIEF), "no file xxx"),
         (("shipped:dti",), "did you mean 'dit'"),
         (("--dtype", "float8"), "--dtype 'float8'"),
         (("--step", "8", "--steps", "4", "--emulate"), "step=8 is larger than the 4 steps"),
@@ -173,6 +176,11 @@ def test_an_empty_folder_name_is_not_the_current_folder(tmp_path, capsys, monkey
     monkeypatch.chdir(tmp_path)
     assert generate(*SMALL, out="") == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_name_that_is_too_long_is_refused(tmp_path, capsys):
+    assert generate(*SMALL, out=tmp_path / ("x" * 300)) == 2
+    assert "File name too long" in capsys.readouterr().err
 
 
 def test_a_prompt_is_text_whatever_it_starts_with():

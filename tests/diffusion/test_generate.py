@@ -168,6 +168,10 @@ def test_a_folder_without_denoiser_names_what_it_saw(tmp_path):
     index(tmp_path, {"_class_name": "Odd", "mixer": ["diffusers", "X"], "vae": ["diffusers", "Y"]})
     with pytest.raises(UnsupportedPipeline, match=r"among mixer, vae(.|\n)*--denoiser"):
         folder.describe(tmp_path)
+    (tmp_path / "vae").mkdir()
+    with pytest.raises(ConfigError, match="lacks mixer, named in its"):
+        folder.describe(tmp_path, denoiser="mixer")
+    (tmp_path / "mixer").mkdir()
     assert folder.describe(tmp_path, denoiser="mixer").class_name == "Odd"
 
 

@@ -96,6 +96,16 @@ def test_a_failure_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_in_the_place_of_a_file_leaves_older_files_as_they_are(tmp_path):
+    (tmp_path / "001.png").mkdir()
+    (tmp_path / "000.png").write_text("older")
+    newer = Media("image", np.zeros((2, 4, 4, 3), np.float32))
+    with pytest.raises(ConfigError, match=r"001\.png there is a folder"), staged(tmp_path) as aside:
+        write_media(aside, newer)
+    assert (tmp_path / "000.png").read_text() == "older"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_success_replaces_older_files(tmp_path):
     (tmp_path / "a").write_text("old")
     with staged(tmp_path) as aside:

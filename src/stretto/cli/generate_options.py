@@ -185,7 +185,7 @@ def _windows(text: str | None, depth: int | None) -> Windows:
                 "--depth is for tail and calibration files"
             )
         return SCHEDULES[text]()
-    if Path(text).is_file():
+    if os.path.isfile(text):  # unlike Path.is_file, False for a name that is too long
         return Calibrated(file=str(Path(text).resolve()), depth=depth)
     raise PlanMismatch(f"{_unknown('schedule', text, tuple(SCHEDULES))}; and no file has that name")
 

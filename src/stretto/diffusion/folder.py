@@ -45,12 +45,13 @@ def describe(source: str | os.PathLike[str], denoiser: str | None = None) -> Des
     """Look at a pipeline without loading it. Raises ConfigError, UnsupportedPipeline.
 
     Refuses a missing folder, one without a readable model_index.json, one that wants code of its
-    own to be run, and one without a component that stretto knows as a denoiser.
+    own to be run, one without a component that stretto knows as a denoiser, one that lacks a part.
     """
     text, folder = os.fspath(source), Path(source)
     if text.startswith(SHIPPED) or (text in SHIPPED_CLASSES and not folder.exists()):
         return _shipped(text.removeprefix(SHIPPED))
-    if not text or not folder.is_dir():
+    # Unlike Path.is_dir, False for a name that is too long, and for an empty one.
+    if not os.path.isdir(text):
         raise ConfigError(
             f"no folder {text or repr(text)}\n"
             "  why: pipelines are opened from local diffusers folders, nothing is downloaded\n"
@@ -65,6 +66,13 @@ def describe(source: str | os.PathLike[str], denoiser: str | None = None) -> Des
             f"{folder} ({index['_class_name']}) has no denoiser that stretto recognises: looked "
             f"for {', '.join(known)} among {', '.join(components) or 'no components'}\n"
             "  to fix: name the component with --denoiser"
+        )
+    missing = [name for name in components if not (folder / name).is_dir()]
+    if missing:
+        raise ConfigError(
+            f"{folder} lacks {', '.join(missing)}, named in its {INDEX} as parts of "
+            f"{index['_class_name']}\n"
+            "  to fix: complete the folder, as save_pretrained() of the pipeline writes it"
         )
     return Description(folder.resolve().name, index["_class_name"], folder)
 
@@ -141,7 +149,7 @@ def _index(folder: Path) -> dict[str, Any]:
 
 
 def _is_present(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and value[0] is not None
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
 
 
 def _refuse_own_code(folder: Path, index: dict[str, Any]) -> None:

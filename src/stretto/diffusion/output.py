@@ -45,7 +45,8 @@ def check_writable(out: Path) -> bool:
 
     Raises ConfigError, so that this is known before anything is computed.
     """
-    made = not out.exists()
+    # Unlike Path.exists, False for a name that is too long; making it then says so.
+    made = not os.path.exists(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=out, prefix=".stretto-"):
@@ -64,7 +65,15 @@ def staged(out: Path) -> Iterator[Path]:
     aside = Path(tempfile.mkdtemp(dir=out, prefix=".partial-"))
     try:
         yield aside
-        for file in sorted(aside.iterdir()):
+        files = sorted(aside.iterdir())
+        # Before the first of them moves: the others would be left out.
+        taken = [file.name for file in files if (out / file.name).is_dir()]
+        if taken:
+            raise ConfigError(
+                f"cannot write into {out}: {', '.join(taken)} there is a folder\n"
+                "  to fix: give another folder with --out, or move that one away"
+            )
+        for file in files:
             file.chmod(0o666 & ~_umask())
             file.replace(out / file.name)
     except OSError as error:

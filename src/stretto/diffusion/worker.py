@@ -298,7 +298,7 @@ def _read(value: Any) -> Any:
     if value.startswith("@@"):
         return value[1:]
     file = Path(value[1:])
-    if not file.is_file():
+    if not os.path.isfile(file):  # unlike Path.is_file, False for a name that is too long
         raise ConfigError(f"no file {file}, which --set names with @")
     try:
         if file.suffix == ".npy":
