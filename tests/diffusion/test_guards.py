@@ -1,6 +1,7 @@
 """What would be silently wrong, hang or leak without a guard, each once."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -172,6 +173,16 @@ def test_virtual_ranks_inherit_autocast():
             assert torch.equal(DDIM.call(pipe), plain)
 
 
+def test_virtual_ranks_inherit_inference_mode():
+    pipe, seen = DDIM.pipeline(), []
+    pipe.unet.register_forward_hook(lambda *_: seen.append(torch.is_inference_mode_enabled()))
+    with emulate(pipe, Plan()):
+        DDIM.call(pipe)
+        with torch.inference_mode():
+            DDIM.call(pipe)
+    assert seen == [False] * DDIM.steps + [True] * DDIM.steps
+
+
 def test_one_generator_given_twice_stays_one():
     case = models.CASES["sd15-euler-ancestral"]
     pipe = case.pipeline()
@@ -295,10 +306,11 @@ def copied_plainly(pipe, plain, attached):
     return result
 
 
-def test_a_pipeline_copied_under_a_plan_is_a_plain_one():
+@pytest.mark.parametrize("way", [emulate, partial(parallelized, mesh=alone())])
+def test_a_pipeline_copied_under_a_plan_is_a_plain_one(way):
     pipe = DDIM.pipeline()
     plain, kind = DDIM.call(pipe), type(pipe)
-    with parallelized(pipe, Plan(), mesh=alone()) as attached:
+    with way(pipe, Plan()) as attached:
         assert torch.equal(copied_plainly(pipe, kind, attached), plain)
         assert torch.equal(DDIM.call(pipe), plain)
         assert attached.report is not None

@@ -114,10 +114,13 @@ def test_success_replaces_older_files(tmp_path):
     assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("a", "new")]
 
 
-def test_writable_says_whether_it_made_the_folder(tmp_path):
-    assert check_writable(tmp_path / "new" / "deep")
-    assert not check_writable(tmp_path / "new" / "deep")
-    assert list((tmp_path / "new" / "deep").iterdir()) == []
+def test_looking_makes_no_folder_and_writing_does(tmp_path):
+    """So a process that is killed before it has something to write leaves nothing."""
+    check_writable(tmp_path / "new" / "deep")
+    assert list(tmp_path.iterdir()) == []
+    with staged(tmp_path / "new" / "deep") as aside:
+        (aside / "a").write_text("")
+    assert [file.name for file in (tmp_path / "new" / "deep").iterdir()] == ["a"]
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):

@@ -76,6 +76,21 @@ def test_nothing_to_split():
         case.call(pipe)
 
 
+@pytest.mark.parametrize(
+    ("name", "scale", "words"),
+    [
+        ("sd15-ddim", 1.0, "on a batch of 1, .*\n.*3 does not divide 1\n.*cfg=2 with guidance"),
+        ("sd15-ddim", 7.5, "on a batch of 2, .*\n.*3 does not divide 2\n.*cfg=2, or cfg=1"),
+    ],
+    ids=["off", "on"],
+)
+def test_more_cfg_ranks_than_branches_says_how_many_there_are(name, scale, words):
+    case = models.CASES[name]
+    pipe = case.pipeline()
+    with emulate(pipe, Plan(cfg=3)), pytest.raises(SplitMismatch, match=words):
+        case.call(pipe, guidance_scale=scale)
+
+
 def test_rows_that_depend_on_one_another_are_found():
     """An unknown class is checked once, joint against split."""
     pipe = DDIM.pipeline()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from queue import SimpleQueue
+
 import pytest
+import torch
 
 from stretto.errors import RankLost
+from stretto.mesh import local
 from stretto.mesh.local import LocalWorld
 
 
@@ -13,3 +18,33 @@ def test_a_rank_may_give_up_outside_of_a_run():
     world.mesh(1).abort("out of tokens")
     with pytest.raises(RankLost, match="out of tokens"):
         world.mesh(0).check()
+
+
+class Told(SimpleQueue):
+    """Ctrl-C comes while the caller waits for the ranks."""
+
+    def get(self):
+        if not self.sent:
+            type(self).sent = True
+            raise KeyboardInterrupt
+        return super().get()
+
+    sent = False
+
+
+def test_an_interrupt_ends_virtual_ranks_before_it_goes_on(monkeypatch):
+    """Left running, threads inside torch end the interpreter with an abort."""
+    monkeypatch.setattr(local, "SimpleQueue", Told)
+    world = LocalWorld({"step": 2})
+
+    def body(mesh):
+        if mesh.world_rank:
+            mesh.all_gather(torch.ones(1), "step", "window").wait()
+        while True:
+            world.turn.wait(0.01)
+            mesh.check()
+
+    with pytest.raises(KeyboardInterrupt):
+        world.run(body)
+    assert not [t for t in threading.enumerate() if t.name.startswith("virtual-rank")]
+    assert isinstance(world.failed[1], RankLost)

@@ -19,7 +19,7 @@ from stretto.plan.context import (
     named_points,
 )
 from stretto.plan.ranges import FULL, Mask, Spans, count
-from stretto.plan.schedule import schedule
+from stretto.plan.schedule import build_schedule, schedule
 
 CAUSAL = Mask(causal=True)
 HEADS = 64
@@ -297,7 +297,7 @@ def test_pruned_blocks_stop_where_nobody_sees_them():
 def test_counting_bytes_cuts_no_pieces(monkeypatch):
     """Of a ring of 1000 ranks a million pairs of blocks would be cut, for nothing."""
     context = Context(ring=4)
-    done = schedule.__wrapped__(context, case_of(context, 4 * 8, Mask(causal=True)))
+    done = build_schedule(context, case_of(context, 4 * 8, Mask(causal=True)))
     monkeypatch.setattr(moves, "pieces", lambda *_: pytest.fail("pieces were cut"))
     assert done.traffic().total() > 0
     assert done.peak_blocks() > 0

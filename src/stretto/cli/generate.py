@@ -24,7 +24,7 @@ from stretto.cli.generate_options import (
     threads_of,
 )
 from stretto.cli.limits import check_ranks
-from stretto.cli.screen import Screen, output
+from stretto.cli.screen import Screen
 from stretto.cli.whole import whole
 from stretto.mesh.launch import launch, prepare
 
@@ -65,7 +65,7 @@ def generate(
     compare
         Also run sequentially, with fewer steps, and by the published schedule, and print a table.
     repeats
-        How often each method runs in a comparison, by default 3.
+        How often each method runs in a comparison, 3 at least and by default.
     out
         Folder for what is generated and result.json.
     json
@@ -80,7 +80,10 @@ def generate(
     threads = threads_of(machine.threads, ranks)
     if not split.emulate:
         check_ranks(ranks)
-    with output(out), Screen(quiet=quiet or json) as screen:
+    from stretto.diffusion.output import check_writable
+
+    check_writable(out)
+    with Screen(quiet=quiet or json) as screen:
         if ranks > 1 and not split.emulate:
             # First, since it works in another process while this one imports torch.
             prepare(PRELOAD, threads=threads)

@@ -1,10 +1,7 @@
-"""What commands that start ranks share: a bar of their progress, and the folder they fill."""
+"""What commands that start ranks share: a bar of their progress."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 
@@ -44,16 +41,3 @@ class Screen:
         self._bar.update(
             self._task, description=note["stage"], completed=done or 0, total=total, far=far
         )
-
-
-@contextlib.contextmanager
-def output(out: Path) -> Iterator[None]:
-    """A folder known to be writable, gone again if it was made here and nothing came into it."""
-    from stretto.diffusion.output import check_writable
-
-    made = check_writable(out)
-    try:
-        yield
-    finally:
-        if made and not any(out.iterdir()):
-            out.rmdir()

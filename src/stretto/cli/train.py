@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from stretto.cli.limits import check_ranks, check_threads
-from stretto.cli.screen import Screen, output
+from stretto.cli.screen import Screen
 from stretto.cli.train_options import (
     Down,
     Log,
@@ -93,7 +93,10 @@ def train(
         device=machine.device,
         timeout_s=machine.timeout,
     )
-    with output(out), Screen(quiet=quiet or json) as screen:
+    from stretto.diffusion.output import check_writable
+
+    check_writable(out)
+    with Screen(quiet=quiet or json) as screen:
         result, notes = _run(job, machine.threads, compare, screen)
     _show(result, notes, out, json, quiet)
     return 0

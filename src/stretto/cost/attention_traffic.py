@@ -13,7 +13,7 @@ from stretto import axes
 from stretto.plan.model import Plan
 from stretto.plan.moves import PASSES
 from stretto.plan.options import AttentionCase
-from stretto.plan.schedule import Schedule, schedule
+from stretto.plan.schedule import Schedule, build_schedule
 
 
 @dataclass(slots=True)
@@ -84,7 +84,7 @@ def ledger(plan: Plan, case: AttentionCase, nodes: Sequence[int]) -> Ledger:
     steps, peak = 0, 0.0
     # Rank by rank, since the schedules of 1000 ranks are millions of moves.
     for rank, worlds in enumerate(_worlds(plan)):
-        done = schedule.__wrapped__(plan.cp, case.at(rank))
+        done = build_schedule(plan.cp, case.at(rank))
         for world in worlds:
             near, sends = _Near(world, sizes, nodes), 0
             for found, name in zip(lines, PASSES, strict=True):

@@ -117,6 +117,14 @@ def emulate(
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return emulation.call(plain.__call__, *args, **kwargs)
 
+        def __deepcopy__(self, memo: dict) -> Any:
+            # Plain, since a copy of this class would run the original.
+            emulated, self.__class__ = type(self), plain
+            try:
+                return copy.deepcopy(self, memo)
+            finally:
+                self.__class__ = emulated
+
     Emulated.__name__, Emulated.__qualname__ = plain.__name__, plain.__qualname__
     Emulated.__module__ = plain.__module__
     pipe.__class__ = Emulated
@@ -241,12 +249,13 @@ def _own_generators(value: Any, copies: dict[int, torch.Generator]) -> Any:
 
 
 def _modes(device: str) -> Callable[[], ExitStack]:
-    """Enters the caller's autocast and gradient modes, which threads do not inherit."""
+    """Enters the caller's autocast, gradient and inference modes, which threads do not inherit."""
     autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    grad = torch.is_grad_enabled()
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
     def enter() -> ExitStack:
         stack = ExitStack()
+        stack.enter_context(torch.inference_mode(inference))
         stack.enter_context(torch.autocast(device, dtype, enabled=autocast))
         stack.enter_context(torch.set_grad_enabled(grad))
         return stack

@@ -16,6 +16,7 @@ from stretto.diffusion.denoise import Denoise, Passes, cut, mapped, tensors_of
 from stretto.diffusion.exchange import digest
 from stretto.errors import SplitMismatch
 from stretto.mesh.mesh import Mesh
+from stretto.plan.checks import divisors
 from stretto.plan.options import Guidance
 from stretto.workload.denoise import chunks_of
 
@@ -30,6 +31,7 @@ class Branches:
         self._independent: set[tuple[str, int]] = set()
         self._distributed = False
         self._calls = 0
+        self._rows = 0
         self._is_batched = False
         self._steps = 0
 
@@ -43,6 +45,7 @@ class Branches:
         if degree == 1 or not call.splits:
             return self._over_steps(call, known) if share_step else self.passes.make(call)
         self._calls = max(self._calls, call.index + 1)
+        self._rows = call.batch
         if self._takes_batch(call):
             self._is_batched = True
             return self._batch(call, known, share_step)
@@ -70,11 +73,7 @@ class Branches:
         """After a scheduler step. Raises SplitMismatch when the cfg axis has nothing to do."""
         degree = self.mesh.size("cfg")
         if self._steps == 0 and degree > 1 and not self._is_batched and self._calls < degree:
-            raise SplitMismatch(
-                f"cfg={degree}, but a step makes {self._calls} denoiser call(s) whose batch does "
-                f"not divide by {degree}: turn guidance on, or use cfg={max(1, self._calls)} and "
-                "give the ranks to step"
-            )
+            raise SplitMismatch(_idle(degree, self._calls, self._rows))
         self._steps += 1
 
     def _over_steps(self, call: Denoise, known: Any) -> Any:
@@ -133,3 +132,19 @@ class Branches:
                 f"one, so {self.mesh.size('cfg')} ranks cannot make them side by side; use cfg=1"
             )
         self._independent.add(what)
+
+
+def _idle(degree: int, calls: int, rows: int) -> str:
+    """Why ranks of the cfg axis have nothing to do, and what would give them something."""
+    fitting = sorted({*divisors(rows), *range(1, calls + 1)} - {1})
+    ways = [f"cfg={' or '.join(map(str, fitting))}"] if fitting else []
+    if calls == 1 and 2 not in fitting:
+        ways.append("cfg=2 with guidance on (it has two branches in most pipelines)")
+    ways.append("cfg=1 and the ranks to step")
+    return (
+        f"cfg={degree}, but a step makes {calls} denoiser call(s) on a batch of {rows}, which "
+        f"{degree} ranks cannot share\n"
+        f"  why: cfg ranks share the branches of guidance, as calls or as rows of one batch; there "
+        f"are fewer than {degree} calls, and {degree} does not divide {rows}\n"
+        f"  to fix: {', or '.join(ways)}"
+    )

@@ -40,13 +40,14 @@ class Media:
     rate: int = 0
 
 
-def check_writable(out: Path) -> bool:
-    """Make the folder if need be and try to write in it; whether it was made here.
+def check_writable(out: Path) -> None:
+    """Make the folder if need be and try to write in it; what was made here is gone again.
 
-    Raises ConfigError, so that this is known before anything is computed.
+    So a process that is killed while it computes leaves no empty folder. Raises ConfigError,
+    so that this is known before anything is computed.
     """
     # Unlike Path.exists, False for a name that is too long; making it then says so.
-    made = not os.path.exists(out)
+    made = [place for place in (out, *out.parents) if not os.path.exists(place)]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=out, prefix=".stretto-"):
@@ -56,13 +57,23 @@ def check_writable(out: Path) -> bool:
             f"cannot write into {out}: {error.strerror}\n"
             "  to fix: give another folder with --out, or mend its permissions"
         ) from None
-    return made
+    finally:
+        for place in made:
+            with contextlib.suppress(OSError):
+                place.rmdir()
 
 
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A folder inside `out` for files that move into `out` together when the block succeeds."""
-    aside = Path(tempfile.mkdtemp(dir=out, prefix=".partial-"))
+    """A folder inside `out` for files that move into `out` together when the block succeeds.
+
+    `out` is made where it is missing. Raises ConfigError.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=out, prefix=".partial-"))
+    except OSError as error:
+        raise ConfigError(f"cannot write into {out}: {error.strerror}") from error
     try:
         yield aside
         files = sorted(aside.iterdir())

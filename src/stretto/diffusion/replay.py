@@ -102,8 +102,10 @@ class Replay(Walk):
         if inside != self.run.rank or window.guess is None:
             return
         wide = torch.promote_types(true.dtype, torch.float32)
-        with self.run.deferred.aside(true, window.guess):
-            error = torch.linalg.vector_norm(true - window.guess, dtype=wide)
+        # Subtracted here: each generation's side stream would keep memory of that size.
+        difference = true - window.guess
+        with self.run.deferred.aside(true, difference):
+            error = torch.linalg.vector_norm(difference, dtype=wide)
             scale = torch.linalg.vector_norm(true, dtype=wide)
         self.run.report.own_error(window.start + inside, error, scale)
 

@@ -149,6 +149,7 @@ class StepRun:
         """A denoiser call: the true output on the ranks that own it, a remembered one elsewhere."""
         is_first = not self._call_counts
         if is_first:
+            self.mesh.check()
             self.mesh.record(f"window {self.window.index}: evaluating step {self.position}")
         if is_first and self.position == 0:
             self.port.read_grid()

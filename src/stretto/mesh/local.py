@@ -10,6 +10,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ import torch
 from stretto import axes
 from stretto.errors import MeshTimeout, RankLost
 from stretto.mesh.mesh import TIMEOUT_S, Mesh, Pending
+
+#: Who failed when the user ended all ranks.
+INTERRUPTED = -1
 
 
 class LocalWorld:
@@ -49,6 +53,7 @@ class LocalWorld:
     def run(self, body: Callable[[LocalMesh], object]) -> list:
         """`body(mesh)` on every virtual rank; results in rank order, or the first rank's error."""
         results: list = [None] * self.world_size
+        ended: SimpleQueue[int] = SimpleQueue()
 
         def work(rank: int) -> None:
             with self.turn:
@@ -58,6 +63,7 @@ class LocalWorld:
                     self.failed[rank] = error
                 finally:
                     self.turn.notify_all()
+                    ended.put(rank)
 
         threads = [
             threading.Thread(target=work, args=(rank,), name=f"virtual-rank-{rank}", daemon=True)
@@ -65,12 +71,28 @@ class LocalWorld:
         ]
         for thread in threads:
             thread.start()
+        self._wait_for(ended)
         for thread in threads:
             thread.join()
         self._raise_first()
         unread = {key: len(letters) for key, letters in self.mail.items() if letters}
         assert not unread, f"messages that nobody received: {unread}"
         return results
+
+    def _wait_for(self, ended: SimpleQueue[int]) -> None:
+        """Until all ranks have ended; Ctrl-C ends them at their next step or wait.
+
+        Left running, they would take the interpreter with them. Joining is no way to wait: threads
+        whose join was interrupted count as ended (CPython issue 89437).
+        """
+        left = set(range(self.world_size))
+        while left:
+            try:
+                left.discard(ended.get())
+            except KeyboardInterrupt as interrupt:
+                if INTERRUPTED in self.failed:
+                    raise
+                self.failed[INTERRUPTED] = interrupt
 
     def exchange(self, key: tuple, rank: int, value: Any, members: int) -> dict[int, Any]:
         """Put a value under a key, wait until all members did, and return them all."""

@@ -98,7 +98,15 @@ class Schedule:
 
 @lru_cache(maxsize=512)
 def schedule(context: Context, case: AttentionCase) -> Schedule:
-    """What rank `case.rank` does in this call. Raises PlanMismatch when heads do not fit."""
+    """What rank `case.rank` does in this call, remembered. Raises as `build_schedule`."""
+    return build_schedule(context, case)
+
+
+def build_schedule(context: Context, case: AttentionCase) -> Schedule:
+    """What rank `case.rank` does in this call, for who asks once, as over all of 1000 ranks.
+
+    Raises PlanMismatch when heads do not fit.
+    """
     context.check_heads(case.heads_q, case.heads_kv)
     call = call_of(context, case.at(0))
     place = _Place.of(context, case.rank)
