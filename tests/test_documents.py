@@ -74,5 +74,7 @@ def test_a_place_that_cannot_be_written_is_refused_and_nothing_is_made(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="nothing can be written into"):
         documents.check_writable(tmp_path / "file" / "r.json")
+    with pytest.raises(ConfigError, match="name too long"):
+        documents.check_writable(tmp_path / ("r" * 300))
     documents.check_writable(tmp_path / "new" / "r.json")
     assert not (tmp_path / "new").exists()

@@ -85,10 +85,20 @@ def write_fields(fields: dict[str, Any], path: str | os.PathLike[str], schema: s
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise ConfigError before minutes of measuring, not after. Makes nothing."""
     file = Path(path)
-    folder = next(parent for parent in file.absolute().parents if parent.exists())
-    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        cause = "it is a folder" if file.is_dir() else f"nothing can be written into {folder}"
+    if cause := _obstacle(file):
         raise ConfigError(f"cannot write {file}: {cause}; give --out a file in a folder of yours")
+
+
+def _obstacle(file: Path) -> str:
+    try:
+        if file.is_dir():
+            return "it is a folder"
+        folder = next(parent for parent in file.absolute().parents if parent.exists())
+    except OSError as error:
+        # A name that is too long, or too many links.
+        return str(error.strerror)
+    writable = folder.is_dir() and os.access(folder, os.W_OK)
+    return "" if writable else f"nothing can be written into {folder}"
 
 
 def _errors(error: ValidationError) -> Sequence[Any]:

@@ -53,8 +53,9 @@ def build(recipe: Recipe, size: int) -> ClassPipeline:
     """An untrained pipeline for pictures of size x size; the weights depend on the seed only."""
     if min(recipe.steps, recipe.batch) < 1:
         raise ConfigError(f"{recipe.steps} steps of batch {recipe.batch}: both must be 1 or more")
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
+    with torch.random.fork_rng(devices=[]):
+        # Weights are drawn on the host; other devices need not wake for it.
+        torch.default_generator.manual_seed(recipe.seed)
         if recipe.model == "dit":
             return _dit(recipe, size)
         if recipe.model == "unet":
