@@ -2,11 +2,11 @@
 
 import torch
 
-from stretto.diffusion.deferred import Deferred
+from stretto.diffusion.deferred import Aside, Deferred
 
 
 def test_a_check_on_the_cpu_is_made_at_once():
-    deferred, seen = Deferred(), []
+    deferred, seen = Deferred(Aside()), []
     with deferred.aside(torch.ones(2)):
         deferred.check(torch.tensor(3.0), seen.append)
     assert seen == [torch.tensor(3.0)]

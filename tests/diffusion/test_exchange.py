@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from stretto.diffusion.deferred import Deferred
+from stretto.diffusion.deferred import Aside, Deferred
 from stretto.diffusion.exchange import Header, _largest, gather, opening
 from stretto.errors import NonFinite, RanksDisagree
 from stretto.mesh.local import LocalWorld
@@ -66,7 +66,7 @@ def test_predictions_of_any_layout_arrive_as_they_were(dtype, size):
         rank = mesh.world_rank
         header = Header(rank, 1, size, str(dtype), "cpu", tuple(guided[0].shape), bytes(16))
         own = guided[rank] if rank < size else None
-        found = gather(mesh, own, guided[rank], header, Deferred())
+        found = gather(mesh, own, guided[rank], header, Deferred(Aside()))
         return [torch.equal(*pair) for pair in zip(found, guided[:size], strict=True)]
 
     assert LocalWorld({"step": 3}, timeout_s=20).run(body) == [[True] * size] * 3
@@ -82,6 +82,6 @@ def test_all_ranks_name_the_prediction_with_a_hole(dtype, value):
             own[1, 613] = value
         header = Header(rank, 4, 3, str(dtype), "cpu", (2, 700), bytes(16))
         with pytest.raises(NonFinite, match="step rank 1: the prediction of step 5"):
-            gather(mesh, own, own, header, Deferred())
+            gather(mesh, own, own, header, Deferred(Aside()))
 
     LocalWorld({"step": 3}, timeout_s=20).run(body)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stretto.diffusion.calibration import resolved
+from stretto.diffusion.deferred import Aside
 from stretto.diffusion.hooks import Attachment
 from stretto.diffusion.inputs import check_mesh, check_pipeline, check_predictors, plan_in
 from stretto.diffusion.once import Once
@@ -152,6 +153,7 @@ class Emulation:
         self._plain = type(self.pipe)
         self._remembered: dict[int, Remembered] = {}
         self._once: Once | None = None
+        self._aside = Aside()
 
     @property
     def report(self) -> Report | None:
@@ -200,6 +202,7 @@ class Emulation:
             remembered=remembered,
             batched=self.batched,
             once=self._once,
+            aside=self._aside,
         ).attach()
         try:
             with inherited():

@@ -9,7 +9,7 @@ Finding and copying it takes a GPU time as well; on a stream of its own, it runs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -42,6 +42,37 @@ def reading(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     return read
 
 
+class Aside:
+    """A second stream of a GPU, for work that the kernels after it need not wait for.
+
+    One for all calls of a pipeline: a stream keeps memory of its own, and gives it to nobody else.
+    What is made there is of use after `join`. On the CPU work is done in its turn.
+    """
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+
+    @contextmanager
+    def work(self, *used: Tensor) -> Iterator[None]:
+        """Inside, work with `used`, and what came before it, is done on that stream."""
+        device = used[0].device
+        if device.type != "cuda":
+            yield
+            return
+        self._stream = self._stream or torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        for tensor in used:
+            # Freed by its owner, its memory is not given away before this work is done.
+            tensor.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """What follows waits for all work until here; the host does not."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
 class Deferred:
     """Checks in the order they were asked for. On the CPU each is made at once.
 
@@ -49,25 +80,14 @@ class Deferred:
     fault is raised on all of them at the same place.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, aside: Aside) -> None:
+        self._aside = aside
         self._earlier: list[Callable[[], None]] = []
         self._current: list[Callable[[], None]] = []
-        self._side: torch.cuda.Stream | None = None
 
-    @contextmanager
-    def aside(self, *used: Tensor) -> Iterator[None]:
+    def aside(self, *used: Tensor) -> AbstractContextManager[None]:
         """Work with `used` that no later kernel waits for, until the window closes."""
-        device = used[0].device
-        if device.type != "cuda":
-            yield
-            return
-        self._side = self._side or torch.cuda.Stream(device)
-        self._side.wait_stream(torch.cuda.current_stream(device))
-        for tensor in used:
-            # Freed by its owner, its memory is not given away before this work is done.
-            tensor.record_stream(self._side)
-        with torch.cuda.stream(self._side):
-            yield
+        return self._aside.work(*used)
 
     def check(self, value: Tensor, check: Check) -> None:
         """Call `check` with a host copy of `value`: now, or when the next window has closed."""
@@ -80,8 +100,7 @@ class Deferred:
 
     def close_window(self) -> None:
         """Make the checks of the window before: the device is at most one window behind."""
-        if self._side is not None:
-            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
+        self._aside.join()
         due, self._earlier, self._current = self._earlier, self._current, []
         for check in due:
             check()

@@ -16,6 +16,7 @@ import torch
 
 from stretto.diffusion.adapters import SIDE_NETWORKS, denoisers_of, family_of
 from stretto.diffusion.batched import Meeting
+from stretto.diffusion.deferred import Aside
 from stretto.diffusion.denoise import NEVER_SPLIT, Denoise
 from stretto.diffusion.once import Once
 from stretto.diffusion.predict import Predictor
@@ -50,6 +51,7 @@ class Attachment:
         remembered: Remembered | None = None,
         batched: bool = False,
         once: Once | None = None,
+        aside: Aside | None = None,
         debug: bool = False,
     ):
         self.pipe = pipe
@@ -59,6 +61,7 @@ class Attachment:
         self.batched = batched
         self.debug = debug
         self._once = once
+        self._aside = aside or Aside()
         self.family = family_of(pipe)
         self.report: Report | None = None
         self._run: StepRun | None = None
@@ -291,6 +294,7 @@ class Attachment:
             says=PipelineSays(pipe),
             predictor=self.predictor,
             meeting=Meeting(self.mesh) if self.batched else None,
+            aside=self._aside,
             debug=self.debug,
         )
 

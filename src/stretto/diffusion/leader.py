@@ -34,7 +34,7 @@ class Leader(Walk):
         if run.rank == 0:
             exchange.check_finite(call.guided, run.position, run.deferred, rank=0)
             result = run.port.real(call)
-            run.remember(run.position, call.guided)
+            run.window.trues.append(call.guided)
             return self._share(result) if is_last else result
         return self._share(None) if is_last else self.toward_own(call, inside)
 
@@ -48,14 +48,13 @@ class Leader(Walk):
                 "result": result,
                 "state": _plain(run.port.exported()),
                 "random": run.randomness.snapshot(),
-                "guided": run.recent[-run.window.size :],
+                "guided": run.window.trues,
             }
         content = _broadcast_object(run.mesh, content, run.mesh.device)
         if run.rank:
             run.port.restore({**_functions(run.port.exported()), **content["state"]})
             run.randomness.restore(content["random"])
-            for inside, guided in enumerate(content["guided"]):
-                run.remember(run.window.start + inside, guided)
+        run.learn(content["guided"])
         return content["result"]
 
 

@@ -211,7 +211,7 @@ class _MeasuredWindows(Replay):
                 call = call.replaced(model_output=carried)
             result = run.port.real(call)
             self._compare(window.start, inside + 1, sample_of(result))
-            run.remember(position, self._record.guided[position])
+        run.learn(self._record.guided[window.start : window.start + window.size])
         return self._back_on_record()
 
     def _compare(self, start: int, size: int, latents: Tensor) -> None:

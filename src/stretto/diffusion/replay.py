@@ -36,8 +36,13 @@ class Replay(Walk):
         like = window.calls[0].guided
         guided = exchange.gather(run.mesh, window.guided, like, self._header(like), run.deferred)
         guesses = self._guessed_latents() if self.carries else None
+        if guesses is None:
+            # What was gathered is what is true: it is learned from beside the steps.
+            with run.deferred.aside(*guided):
+                run.learn(guided)
         self.rewind()
         result: Any = None
+        trues: list[Tensor] = []
         for inside, (call, true) in enumerate(zip(window.calls, guided, strict=True)):
             if inside:
                 call = run.handover.continued(call, result)
@@ -46,7 +51,9 @@ class Replay(Walk):
                 # The first position has guessed nothing yet: its latents are the true ones.
                 true = self.carried(true, call.sample, guesses[inside], window.start + inside)
             result = run.port.real(call.replaced(model_output=true))
-            run.remember(window.start + inside, true)
+            trues.append(true)
+        if guesses is not None:
+            run.learn(trues)
         return result
 
     def rewind(self) -> None:
@@ -102,10 +109,8 @@ class Replay(Walk):
         if inside != self.run.rank or window.guess is None:
             return
         wide = torch.promote_types(true.dtype, torch.float32)
-        # Subtracted here: each generation's side stream would keep memory of that size.
-        difference = true - window.guess
-        with self.run.deferred.aside(true, difference):
-            error = torch.linalg.vector_norm(difference, dtype=wide)
+        with self.run.deferred.aside(true, window.guess):
+            error = torch.linalg.vector_norm(true - window.guess, dtype=wide)
             scale = torch.linalg.vector_norm(true, dtype=wide)
         self.run.report.own_error(window.start + inside, error, scale)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stretto.diffusion import exchange
 from stretto.diffusion.batched import Meeting
-from stretto.diffusion.deferred import Deferred
+from stretto.diffusion.deferred import Aside, Deferred
 from stretto.diffusion.denoise import Denoise, Passes, tensors_of
 from stretto.diffusion.guidance import Branches
 from stretto.diffusion.handover import Handover
@@ -78,6 +78,8 @@ class Window:
     #: This rank's latents, and its prediction on them.
     guess: Tensor | None = None
     guided: Tensor | None = None
+    #: True predictions, where they come one by one.
+    trues: list[Tensor] = field(default_factory=list)
 
 
 class StepRun:
@@ -94,6 +96,7 @@ class StepRun:
         says: Says,
         predictor: Predictor | None = None,
         meeting: Meeting | None = None,
+        aside: Aside | None = None,
         debug: bool = False,
     ):
         self.plan = plan
@@ -110,6 +113,7 @@ class StepRun:
         self._says = says
         self._predictor = predictor
         self._meeting = meeting
+        self._aside = aside or Aside()
         self._begin()
 
     def _begin(self) -> None:
@@ -122,8 +126,7 @@ class StepRun:
         self.noise: list[float] = []
         self.walk = self._replay()
         self.handover = Handover(self.randomness)
-        self.deferred = Deferred()
-        self.recent: list[Tensor] = []
+        self.deferred = Deferred(self._aside)
         self.position = self._polled = 0
         self.window = Window(0, 0, 1)
         self._opening: Callable[[], None] | None = None
@@ -267,7 +270,9 @@ class StepRun:
         is_lent = _memory(call.guided) in self._own_memory
         lasting = call.guided.clone() if is_lent else call.guided
         result = self.port.real(call)
-        self.remember(self.position, lasting)
+        self.window.trues.append(lasting)
+        if self._is_planned:
+            self.learn([lasting])
         return result
 
     def _parallel(self, call: StepCall) -> Any:
@@ -315,12 +320,16 @@ class StepRun:
 
     # ---- between steps ---------------------------------------------------------------------
 
-    def remember(self, position: int, guided: Tensor) -> None:
-        """A true prediction; the first one waits for the grid before it reaches the predictor."""
-        self.recent = [*self.recent, guided][-self.plan.step.degree :]
+    def learn(self, guided: Sequence[Tensor]) -> None:
+        """Tell the predictor what the predictions of the window under way truly were."""
+        start, size = self.window.start, len(guided)
+        if not self._is_heard:
+            return
         # A pipeline may walk its timesteps twice; nothing is guessed beyond the grid.
-        if self._is_heard and self._is_planned and position < len(self.noise):
-            self.predictor.append(self.noise[position], guided)
+        for s, g in zip(self.noise[start:], guided, strict=False):
+            self.predictor.append(s, g)
+        if start + size < len(self.noise):
+            self.predictor.close_window(start, size)
 
     def _advance(self, call: StepCall, result: Any) -> None:
         if self._has_windows:
@@ -343,9 +352,9 @@ class StepRun:
         self.noise = self.port.noise(first, num_steps)
         self.schedule = Schedule(self.plan.step, self.noise)
         self.schedule.size_at(0, 0, ())
-        if self._is_heard:
-            self.predictor.append(self.noise[0], self.recent[-1])
-        self.report.begin(num_steps, self.recent[-1])
+        (first_guided,) = self.window.trues
+        self.learn([first_guided])
+        self.report.begin(num_steps, first_guided)
 
     def _next_window(self) -> None:
         window = self.window
@@ -354,8 +363,6 @@ class StepRun:
             # Every denoiser call of this form has been made once, on every rank.
             self._is_warm = True
             self.mesh.allow(self.mesh.mesh.timeout_s / WARMING_UP)
-        if self._is_heard and self.position < len(self.noise):
-            self.predictor.close_window(window.start, window.size)
         self.report.add(
             WindowRecord(window.start, window.size, time.perf_counter() - window.opened_s)
         )
