@@ -198,7 +198,13 @@ def plain(grid: Grid, counts: list[int]) -> Iterator[dict]:
             yield grid.row(who, count, grid.bench.call(count))
 
 
-def summary(found: list[dict]) -> list[dict]:
+def summary(found: list[dict]) -> dict[str, list[dict]]:
+    """Beside one another at equal depth: by the mean square of all pictures, and on average."""
+    levels = ("psnr_db", "psnr_average_db")
+    return {f"equal_depth_{level}": at_equal_depth(found, level) for level in levels}
+
+
+def at_equal_depth(found: list[dict], level: str) -> list[dict]:
     """At each grid, degree and depth that both have: tail beside parastep and fewer steps."""
     lines = []
     for tail in (row for row in found if row["who"] == "tail"):
@@ -209,7 +215,7 @@ def summary(found: list[dict]) -> list[dict]:
             and row.get("degree", tail["degree"]) == tail["degree"]
         ]
         line = {key: tail[key] for key in ("steps", "shift", "degree", "depth", "ceiling")}
-        lines.append(line | {row["who"]: row["psnr_db"] for row in same})
+        lines.append(line | {row["who"]: row[level] for row in same})
     return lines
 
 
@@ -232,7 +238,7 @@ def main(options: argparse.Namespace) -> int:
     }
     for row in rows(bench):
         book["rows"].append(row)
-        book["summary"] = {"equal_depth_psnr_db": summary(book["rows"])}
+        book["summary"] = summary(book["rows"])
         result.write(options.out, book)
         print(shown(row), flush=True)
         if time.time() - begun > options.budget_s:
