@@ -10,8 +10,8 @@ One is the whole plain run whose other evaluations cost nothing (an output is ha
 has every scheduler step and recombination that the pipeline makes itself and that no parallel run
 can leave out; above it is what windows cost. The last is such a run of as many scheduler steps as
 the rank takes, guessed and true; above it is what hooks and replay cost beside the scheduler's own
-arithmetic. Entering the context, done once for any number of calls, stands apart. Transport is
-measured in steps_slices.py.
+arithmetic. Entering the context and walking a first window, done once for any number of calls,
+stand apart. Transport is measured in steps_slices.py.
 """
 
 from __future__ import annotations
@@ -149,11 +149,11 @@ def in_turns(works: dict[str, Work], count: int, device: torch.device) -> dict[s
     return found
 
 
-def entering(work: Work, count: int = 21) -> dict[str, Any]:
+def entering(bench: Bench, plan: Plan, mesh: Mesh, count: int = 21) -> dict[str, Any]:
     """Milliseconds to enter and leave, which is done once for any number of calls."""
 
     def enter() -> None:
-        with work():
+        with parallelized(bench.pipe, plan, mesh=mesh):
             pass
 
     return result.spread([1e3 * result.timed(enter, "cpu") for _ in range(count)])
@@ -199,8 +199,9 @@ def plain(bench: Bench, steps: int) -> Iterator[Callable[[], Any]]:
 
 @contextmanager
 def under(bench: Bench, plan: Plan, mesh: Mesh, steps: int) -> Iterator[Callable[[], Any]]:
-    """The call under a plan."""
+    """The call under a plan, of which a window has been walked: memory of its own is there."""
     with parallelized(bench.pipe, plan, mesh=mesh):
+        bench.call(min(steps, 1 + plan.step.degree))
         yield lambda: bench.call(steps)
 
 
@@ -244,7 +245,7 @@ def replay(bench: Bench, name: str, degree: int) -> dict:
         "who": f"replay/{name}/p{degree}",
         "windows": list(run.report.sizes),
         "evaluations": 1 + windows,
-        "entering_ms": entering(works["ours"]),
+        "entering_ms": entering(bench, plan, mesh),
         "extra_ms_per_window": statistics.median(extra) / windows,
         "plain_ms": milliseconds(times["plain"]),
         "free_ms": milliseconds(times["free"]),
@@ -345,7 +346,7 @@ def compiles(bench: Bench) -> dict:
 
 def cases(bench: Bench) -> Iterator[Callable[[], dict]]:
     options = bench.options
-    for name in SCHEDULERS:
+    for name in options.schedulers:
         yield lambda name=name: hooks(bench, name)
         for degree in options.degrees:
             yield lambda name=name, degree=degree: replay(bench, name, degree)
@@ -421,12 +422,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=9, help="of each comparison")
     parser.add_argument("--repeats", type=int, default=5, help="of each point of a curve")
     parser.add_argument("--degrees", default="2,4,8", help="step degrees of the replay rows")
+    parser.add_argument("--schedulers", default=",".join(SCHEDULERS), help="all by default")
     parser.add_argument("--curves", default="dit", help=f"of dit, {', '.join(full_size.MODELS)}")
     parser.add_argument("--compile", action="store_true", help="count compilations too")
     parser.add_argument("--commit", default="unknown", help="recorded in the result")
     parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU")
     options = parser.parse_args(arguments)
     options.degrees = [int(part) for part in options.degrees.split(",")]
+    options.schedulers = options.schedulers.split(",")
+    unknown = set(options.schedulers) - set(SCHEDULERS)
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(SCHEDULERS)}")
     options.curves = [part for part in options.curves.split(",") if part]
     return options
 
