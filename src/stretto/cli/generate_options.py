@@ -115,7 +115,8 @@ class Subject:
         Classes of the pictures, as in 0,3,9.
     arguments
         Another argument of the pipeline, as in height=256; values are JSON or text, and @file
-        stands for a picture or a .npy array. May be given several times.
+        stands for a picture or a .npy array, @@text for text with one @ in front. May be given
+        several times.
     denoiser
         Component that denoises, where stretto does not recognise it.
     """

@@ -12,7 +12,7 @@ def version_of(tensor: Tensor) -> int | None:
 
 
 class Watched:
-    """A tensor, and whether it was written into since; None where nobody counts."""
+    """A tensor, and whether it was written into since; inference mode does not count."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor

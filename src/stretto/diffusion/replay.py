@@ -106,11 +106,11 @@ class Replay(Walk):
     def _measure(self, inside: int, true: Tensor) -> None:
         """Error of the latents on which this rank evaluated its prediction."""
         window = self.run.window
-        if inside != self.run.rank or window.guess is None:
+        if inside != self.run.rank or window.own_latents is None:
             return
         wide = torch.promote_types(true.dtype, torch.float32)
-        with self.run.deferred.aside(true, window.guess):
-            error = torch.linalg.vector_norm(true - window.guess, dtype=wide)
+        with self.run.deferred.aside(true, window.own_latents):
+            error = torch.linalg.vector_norm(true - window.own_latents, dtype=wide)
             scale = torch.linalg.vector_norm(true, dtype=wide)
         self.run.report.own_error(window.start + inside, error, scale)
 

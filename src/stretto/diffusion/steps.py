@@ -73,10 +73,10 @@ class Window:
     state: State | None = None
     own_state: State | None = None
     calls: list[StepCall] = field(default_factory=list)
-    #: Of all positions but the last, which nobody walks beyond.
+    #: Guessed predictions of all positions but the last, which nobody walks beyond.
     guesses: Sequence[Tensor] | None = None
-    #: This rank's latents, and its prediction on them.
-    guess: Tensor | None = None
+    #: The latents this rank reached with guesses, and its prediction on them.
+    own_latents: Tensor | None = None
     guided: Tensor | None = None
     #: True predictions, where they come one by one.
     trues: list[Tensor] = field(default_factory=list)
@@ -283,7 +283,7 @@ class StepRun:
             if self._meeting:
                 self._meeting.leave(self.window.start, self.window.size)
             call = call.replaced(model_output=self.branches.settle(call.guided))
-            self.window.guided, self.window.guess = call.guided, call.sample
+            self.window.guided, self.window.own_latents = call.guided, call.sample
         self.window.calls.append(call)
         return self.walk.step(call, inside)
 
