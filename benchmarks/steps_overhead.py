@@ -2,16 +2,18 @@
 
 python benchmarks/steps_overhead.py --out overhead.json [--curves dit,audioldm2] [--compile] [--dry]
 
-Hooks: the same pipeline call plain and under a plan of one rank, in turns. Replay: one process
-walks as the last of p step ranks, with a mesh that hands its own message back in place of its
-peers', so snapshots, guesses, packing and the true steps are all there and transport is not. It is
-held against three runs, in turns. One is plain, with as many evaluations and so with fewer steps.
-One is the whole plain run whose other evaluations cost nothing (an output is handed out again): it
-has every scheduler step and recombination that the pipeline makes itself and that no parallel run
-can leave out; above it is what windows cost. The last is such a run of as many scheduler steps as
-the rank takes, guessed and true; above it is what hooks and replay cost beside the scheduler's own
-arithmetic. Entering the context and walking a first window, done once for any number of calls,
-stand apart. Transport is measured in steps_slices.py.
+Hooks: the same pipeline call plain and under a plan of one rank, in turns. All comparisons take a
+round before any takes the next, so that a slow stretch of the host falls on a few rounds of each,
+not on all rounds of one. Replay: one process walks as the last of p step ranks, with a mesh that
+hands its own message back in place of its peers', so snapshots, guesses, packing and the true steps
+are all there and transport is not. It is held against three runs, in turns. One is plain, with as
+many evaluations and so with fewer steps. One is the whole plain run whose other evaluations cost
+nothing (an output is handed out again): it has every scheduler step and recombination that the
+pipeline makes itself and that no parallel run can leave out; above it is what windows cost. The
+last is such a run of as many scheduler steps as the rank takes, guessed and true; above it is what
+hooks and replay cost beside the scheduler's own arithmetic. Entering the context and walking a
+first window, done once for any number of calls, stand apart. Transport is measured in
+steps_slices.py.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import argparse
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,17 +139,49 @@ class Bench:
         return result.timed(lambda: self.pipe.denoise(x, t, labels), self.device)
 
 
-def in_turns(works: dict[str, Work], count: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of pieces of work by name, one after another in each round, order alternating."""
-    for entered in works.values():
-        with entered() as work:
-            work()
-    found: dict[str, list[float]] = {name: [] for name in works}
+@dataclass
+class Comparison:
+    """Pieces of work by name under one scheduler, and the seconds each took in every round."""
+
+    who: str
+    scheduler: str
+    works: dict[str, Work]
+    #: Of the row: what was settled before timing, and what the times say.
+    facts: dict[str, Any]
+    judge: Callable[[dict[str, list[float]]], dict[str, Any]]
+    times: dict[str, list[float]] = field(default_factory=dict)
+
+    def warm(self) -> None:
+        for entered in self.works.values():
+            with entered() as work:
+                work()
+        self.times = {name: [] for name in self.works}
+
+    def take_round(self, index: int, device: torch.device) -> None:
+        """Each once, one after another, the order alternating."""
+        for name in list(self.works)[:: -1 if index % 2 else 1]:
+            with self.works[name]() as work:
+                self.times[name].append(result.timed(work, device))
+
+    def row(self) -> dict[str, Any]:
+        return {"who": self.who, **self.facts, **self.judge(self.times)}
+
+
+def in_rounds(
+    comparisons: Sequence[Comparison],
+    count: int,
+    device: torch.device,
+    use: Callable[[str], None],
+) -> Iterator[list[dict]]:
+    """All comparisons in turns, `count` times; the rows after every round."""
+    for comparison in comparisons:
+        use(comparison.scheduler)
+        comparison.warm()
     for index in range(count):
-        for name in list(works)[:: -1 if index % 2 else 1]:
-            with works[name]() as work:
-                found[name].append(result.timed(work, device))
-    return found
+        for comparison in comparisons:
+            use(comparison.scheduler)
+            comparison.take_round(index, device)
+        yield [comparison.row() for comparison in comparisons]
 
 
 def entering(bench: Bench, plan: Plan, mesh: Mesh, count: int = 21) -> dict[str, Any]:
@@ -168,7 +203,7 @@ def milliseconds(times: list[float]) -> list[float]:
     return [1e3 * time for time in times]
 
 
-def hooks(bench: Bench, name: str) -> dict:
+def hooks(bench: Bench, name: str) -> Comparison:
     """A plan of one rank against the plain pipeline, equal steps."""
     bench.use(name)
     steps = bench.steps_for(name, 13)
@@ -180,11 +215,12 @@ def hooks(bench: Bench, name: str) -> dict:
     }
     with works["ours"]() as ours:
         same = torch.equal(bench.call(steps), ours())
-    times = in_turns(works, bench.options.pairs, bench.device)
+    facts = {"calls": 13, "bitwise": same}
+    return Comparison(f"hooks/{name}", name, works, facts, judge_hooks)
+
+
+def judge_hooks(times: dict[str, list[float]]) -> dict[str, Any]:
     return {
-        "who": f"hooks/{name}",
-        "calls": 13,
-        "bitwise": same,
         "plain_ms": milliseconds(times["plain"]),
         "ms": milliseconds(times["ours"]),
         "overhead_percent": above(times["plain"], times["ours"]),
@@ -223,7 +259,7 @@ def free(bench: Bench, steps: int, every: int) -> Iterator[Callable[[], Any]]:
         del module.forward
 
 
-def replay(bench: Bench, name: str, degree: int) -> dict:
+def replay(bench: Bench, name: str, degree: int) -> Comparison:
     """The last rank of full windows against plain runs of as many evaluations."""
     bench.use(name)
     windows, made = (STEPS - 1) // degree, 2 * degree - 1
@@ -239,13 +275,19 @@ def replay(bench: Bench, name: str, degree: int) -> dict:
         "as_many": partial(free, bench, bench.steps_for(name, 1 + windows * made), made),
         "ours": partial(under, bench, plan, mesh, steps),
     }
-    times = in_turns(works, bench.options.pairs, bench.device)
-    extra = [1e3 * (b - a) for a, b in zip(times["free"], times["ours"], strict=True)]
-    return {
-        "who": f"replay/{name}/p{degree}",
+    facts = {
         "windows": list(run.report.sizes),
         "evaluations": 1 + windows,
         "entering_ms": entering(bench, plan, mesh),
+    }
+    return Comparison(
+        f"replay/{name}/p{degree}", name, works, facts, partial(judge_replay, windows)
+    )
+
+
+def judge_replay(windows: int, times: dict[str, list[float]]) -> dict[str, Any]:
+    extra = [1e3 * (b - a) for a, b in zip(times["free"], times["ours"], strict=True)]
+    return {
         "extra_ms_per_window": statistics.median(extra) / windows,
         "plain_ms": milliseconds(times["plain"]),
         "free_ms": milliseconds(times["free"]),
@@ -344,16 +386,24 @@ def compiles(bench: Bench) -> dict:
     return {"who": "compile", "ms": [], "graphs_before": before, "recompiles": after - before}
 
 
-def cases(bench: Bench) -> Iterator[Callable[[], dict]]:
-    options = bench.options
+def compared(bench: Bench) -> list[Comparison]:
+    options, found = bench.options, []
     for name in options.schedulers:
-        yield lambda name=name: hooks(bench, name)
-        for degree in options.degrees:
-            yield lambda name=name, degree=degree: replay(bench, name, degree)
+        found.append(hooks(bench, name))
+        found += [replay(bench, name, degree) for degree in options.degrees]
+    return found
+
+
+def cases(bench: Bench) -> Iterator[list[dict]]:
+    """All rows so far, after each round of the comparisons and each further row."""
+    options, rows = bench.options, []
+    for rows in in_rounds(compared(bench), options.pairs, bench.device, bench.use):
+        yield rows
     for name in options.curves:
-        yield lambda n=name: dit_curve(bench) if n == "dit" else full_curve(n, options)
+        rows = [*rows, dit_curve(bench) if name == "dit" else full_curve(name, options)]
+        yield rows
     if options.compile:
-        yield lambda: compiles(bench)
+        yield [*rows, compiles(bench)]
 
 
 def summary(bench: Bench, rows: list[dict], evaluation: dict) -> dict:
@@ -402,11 +452,10 @@ def main(options: argparse.Namespace) -> int:
         "notes": [line for line in __doc__.splitlines()[4:] if line],
     }
     print(f"{name}: {parameters / 1e6:.1f} M, {1e3 * evaluation['median']:.1f} ms per evaluation")
-    for case in cases(bench):
-        row = case()
-        book["rows"].append(row)
-        book["summary"] = summary(bench, book["rows"], evaluation)
+    for rows in cases(bench):
+        book |= {"rows": rows, "summary": summary(bench, rows, evaluation)}
         result.write(options.out, book)
+    for row in book["rows"]:
         print(f"{row['who']:32} {shown(row)}", flush=True)
     return 0
 
@@ -419,7 +468,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--batch", type=int, default=192, help="pictures; twice as many rows")
     parser.add_argument("--curve-batch", type=int, default=4, help="the same in the DiT's curve")
-    parser.add_argument("--pairs", type=int, default=9, help="of each comparison")
+    parser.add_argument("--pairs", type=int, default=9, help="rounds of the comparisons")
     parser.add_argument("--repeats", type=int, default=5, help="of each point of a curve")
     parser.add_argument("--degrees", default="2,4,8", help="step degrees of the replay rows")
     parser.add_argument("--schedulers", default=",".join(SCHEDULERS), help="all by default")

@@ -15,12 +15,18 @@ from tests.benchmarks.conftest import check_format
 SMALL = ("--width", "16", "--layers", "1", "--heads", "2", "--batch", "2", "--pairs", "1")
 
 
-def test_turns_alternate_who_goes_first():
+def test_rounds_take_all_comparisons_and_alternate_who_goes_first():
     order = []
-    works = {name: partial(nullcontext, partial(order.append, name)) for name in "abc"}
-    times = steps_overhead.in_turns(works, 2, torch.device("cpu"))
-    assert order == [*"abc", *"abc", *"cba"]
-    assert {name: len(each) for name, each in times.items()} == {"a": 2, "b": 2, "c": 2}
+
+    def comparison(who):
+        works = {name: partial(nullcontext, partial(order.append, who + name)) for name in "ab"}
+        return steps_overhead.Comparison(who, who.upper(), works, {"fact": 1}, lambda times: times)
+
+    both = [comparison("x"), comparison("y")]
+    *_, rows = steps_overhead.in_rounds(both, 2, torch.device("cpu"), order.append)
+    warmed = ["X", "xa", "xb", "Y", "ya", "yb"]
+    assert order == [*warmed, *warmed, "X", "xb", "xa", "Y", "yb", "ya"]
+    assert [(row["who"], row["fact"], len(row["a"])) for row in rows] == [("x", 1, 2), ("y", 1, 2)]
 
 
 def test_a_free_run_evaluates_as_often_as_windows(tmp_path):

@@ -127,3 +127,67 @@ def test_arguments_without_a_name_are_refused():
         SchedulerPort(_Passing()).bind(x, 1, x, 5)
     with pytest.raises(UnsupportedPipeline, match=r"has no \['model_output', 'sample'\]"):
         SchedulerPort(_ByPlace())
+
+
+class _Indexed:
+    """A scheduler that looks its first step up in its timesteps, and notes what they were."""
+
+    def __init__(self):
+        self.timesteps = torch.tensor([3.0, 2.0, 1.0])
+        self.sigmas = None
+        self.step_index = None
+        self.seen = []
+
+    def step(self, model_output, timestep, sample):
+        self.seen.append(self.timesteps)
+        if self.step_index is None:
+            self.step_index = int((self.timesteps == timestep).nonzero())
+        self.step_index += 1
+        if float(model_output) < 0:
+            raise ArithmeticError("negative")
+        return (sample,)
+
+
+def test_a_first_step_is_looked_up_in_the_hosts_copy_of_the_timesteps():
+    scheduler = _Indexed()
+    port, grid, x = SchedulerPort(scheduler), scheduler.timesteps, torch.ones(1)
+    for timestep in grid:
+        port.real(port.bind(x, timestep, x))
+        assert scheduler.timesteps is grid
+    assert scheduler.step_index == 3
+    lent, *later = scheduler.seen
+    assert lent is not grid
+    assert torch.equal(lent, grid)
+    assert all(seen is grid for seen in later)
+
+
+def test_lent_timesteps_go_back_when_a_step_fails():
+    scheduler = _Indexed()
+    port, grid = SchedulerPort(scheduler), scheduler.timesteps
+    with pytest.raises(ArithmeticError):
+        port.real(port.bind(-torch.ones(1), grid[0], torch.ones(1)))
+    assert scheduler.timesteps is grid
+
+
+class _Regridding(_Indexed):
+    def step(self, model_output, timestep, sample):
+        found = super().step(model_output, timestep, sample)
+        self.timesteps = self.timesteps[1:]
+        return found
+
+
+def test_timesteps_that_a_step_sets_itself_stay():
+    scheduler = _Regridding()
+    port, x = SchedulerPort(scheduler), torch.ones(1)
+    port.real(port.bind(x, scheduler.timesteps[0], x))
+    assert scheduler.timesteps.tolist() == [2, 1]
+
+
+def test_a_timestep_on_a_device_is_compared_with_timesteps_there():
+    scheduler = _Indexed()
+    scheduler.step_index = None
+    port, x = SchedulerPort(scheduler), torch.ones(1)
+    with pytest.raises(RuntimeError):
+        # A tensor without memory stands in for a GPU's; nothing can be looked up with it.
+        port.real(port.bind(x, torch.empty((), device="meta"), x))
+    assert scheduler.seen[0] is scheduler.timesteps

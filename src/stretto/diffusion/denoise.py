@@ -108,10 +108,10 @@ def tensors_of(value: Any) -> list[Tensor]:
     """All tensors in nested tuples, lists and mappings, in order."""
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, Mapping):
-        return [t for item in value.values() for t in tensors_of(item)]
     if isinstance(value, (tuple, list)):
         return [t for item in value for t in tensors_of(item)]
+    if isinstance(value, Mapping):
+        return [t for item in value.values() for t in tensors_of(item)]
     return []
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,9 +20,11 @@ from stretto.mesh.mesh import Mesh
 from stretto.plan.options import HEADER_BYTES
 
 _MAGIC = b"STRETTO1"
-#: magic, rank, window start, window size, number of dims, dtype and device names, hash.
-_LAYOUT = struct.Struct("<8sIIII16s16s16s")
 _MAX_DIMS = 8
+#: magic, window start and size, number of dims, dtype and device names, hash, dims; last the rank.
+_LAYOUT = struct.Struct(f"<8sIII16s16s16s{_MAX_DIMS}QI")
+#: Bytes that are alike in the headers of all ranks.
+_ALIKE = _LAYOUT.size - 4
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,36 @@ class Header:
     device: str
     shape: tuple[int, ...]
     digest: bytes
+
+    def packed(self) -> bytes:
+        return _LAYOUT.pack(
+            _MAGIC,
+            self.start,
+            self.size,
+            len(self.shape),
+            self.dtype.encode(),
+            self.device.encode(),
+            self.digest,
+            *self.shape,
+            *[0] * (_MAX_DIMS - len(self.shape)),
+            self.rank,
+        )
+
+    @classmethod
+    def unpacked(cls, head: bytes) -> Header:
+        """A header at the start of `head`. Raises RanksDisagree for bytes that are none."""
+        magic, start, size, ndim, dtype, device, digest, *dims, rank = _LAYOUT.unpack_from(head)
+        if magic != _MAGIC:
+            raise RanksDisagree(f"a window message starts with {magic!r}, not {_MAGIC!r}")
+        return cls(
+            rank=rank,
+            start=start,
+            size=size,
+            dtype=dtype.rstrip(b"\0").decode(),
+            device=device.rstrip(b"\0").decode(),
+            shape=tuple(dims[:ndim]),
+            digest=digest,
+        )
 
 
 def gather(
@@ -118,47 +151,21 @@ def digest(*tensors: Tensor) -> bytes:
 
 
 def _packed(guided: Tensor, header: Header) -> Tensor:
-    dims = (*header.shape, *[0] * (_MAX_DIMS - len(header.shape)))
-    fixed = _LAYOUT.pack(
-        _MAGIC,
-        header.rank,
-        header.start,
-        header.size,
-        len(header.shape),
-        header.dtype.encode(),
-        header.device.encode(),
-        header.digest,
-    )
-    head = (fixed + struct.pack(f"<{_MAX_DIMS}Q", *dims)).ljust(HEADER_BYTES, b"\0")
     # The header ends with the largest magnitude: each rank looks at its own prediction alone.
-    own = torch.frombuffer(bytearray(head[: -guided.element_size()]), dtype=torch.uint8)
+    head = header.packed().ljust(HEADER_BYTES - guided.element_size(), b"\0")
+    own = torch.frombuffer(bytearray(head), dtype=torch.uint8)
     largest = _largest(guided).view(1).view(torch.uint8)
     return torch.cat([on_device(own, guided.device), largest, _raw(guided)])
 
 
 def _check_heads(read: Tensor, dtype: torch.dtype, own: Header, rank: int) -> None:
     """Headers of a window on the host: all agree with this rank's, no prediction has a hole."""
-    _check([_read_header(head) for head in read], own, rank)
+    heads = read.numpy()
+    if (heads[:, :_ALIKE] != np.frombuffer(own.packed()[:_ALIKE], np.uint8)).any():
+        _check([Header.unpacked(head.tobytes()) for head in heads], own, rank)
     largest = read[:, -dtype.itemsize :].contiguous().view(dtype).flatten().tolist()
     for position, value in enumerate(largest):
         _check_finite(value, own.start + position, position)
-
-
-def _read_header(read: Tensor) -> Header:
-    head = read.numpy().tobytes()
-    magic, rank, start, size, ndim, dtype, device, hashed = _LAYOUT.unpack_from(head)
-    if magic != _MAGIC:
-        raise RanksDisagree(f"a window message starts with {magic!r}, not {_MAGIC!r}")
-    dims = struct.unpack_from(f"<{_MAX_DIMS}Q", head, _LAYOUT.size)[:ndim]
-    return Header(
-        rank=rank,
-        start=start,
-        size=size,
-        dtype=dtype.rstrip(b"\0").decode(),
-        device=device.rstrip(b"\0").decode(),
-        shape=tuple(dims),
-        digest=hashed,
-    )
 
 
 def _unpacked(message: Tensor, like: Tensor) -> Tensor:

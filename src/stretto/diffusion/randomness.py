@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,37 +22,32 @@ class Randomness:
     def __init__(self, generators: Sequence[torch.Generator] = (), *, own_only: bool = False):
         self._generators = list(generators)
         self._own_only = own_only
-        self._mark: list[Tensor] | None = None
+        self._mark: list[Any] | None = None
 
     def snapshot(self) -> list[Tensor]:
         """States of all generators; a few kilobytes."""
-        states = [g.get_state() for g in self._generators]
-        if self._own_only:
-            return states
-        states.append(torch.get_rng_state())
-        if torch.cuda.is_initialized():
-            states.append(torch.cuda.get_rng_state())
-        return states
+        return [generator.get_state() for generator in self._all()]
 
     def restore(self, states: Sequence[Tensor]) -> None:
-        own = len(self._generators)
-        for generator, state in zip(self._generators, states[:own], strict=True):
+        # A GPU may have come into use since: what it drew from was not watched then.
+        for generator, state in zip(self._all(), states, strict=False):
             generator.set_state(state.cpu())
-        if self._own_only:
-            return
-        torch.set_rng_state(states[own].cpu())
-        if len(states) > own + 1:
-            torch.cuda.set_rng_state(states[own + 1].cpu())
 
     def mark(self) -> None:
         """Remember where the generators are, at the end of a step."""
-        self._mark = self.snapshot()
+        self._mark = [_place(generator) for generator in self._all()]
 
     def moved(self) -> bool:
         """Whether anything was drawn since `mark`."""
-        if self._mark is None:
-            return False
-        return any(not torch.equal(a, b) for a, b in zip(self._mark, self.snapshot(), strict=True))
+        return self._mark is not None and self._mark != [_place(g) for g in self._all()]
+
+    def _all(self) -> list[torch.Generator]:
+        if self._own_only:
+            return self._generators
+        default = [torch.default_generator]
+        if torch.cuda.is_initialized():
+            default.append(torch.cuda.default_generators[torch.cuda.current_device()])
+        return self._generators + default
 
     def adopt(self, mesh: Mesh) -> None:
         """Take over rank 0's states, so that all ranks draw the same. Raises RanksDisagree."""
@@ -67,6 +63,13 @@ class Randomness:
         data = mesh.broadcast_bytes(_packed(self.snapshot()))
         if mesh.world_rank:
             self.restore(_unpacked(data))
+
+
+def _place(generator: torch.Generator) -> Any:
+    """Something that changes with every draw; asked for twice a step, so it should cost little."""
+    if generator.device.type == "cuda":
+        return generator.initial_seed(), generator.get_offset()
+    return generator.get_state().numpy().tobytes()
 
 
 def _packed(states: Sequence[Tensor]) -> bytes:
