@@ -67,6 +67,8 @@ def test_predictions_of_any_layout_arrive_as_they_were(dtype, size):
         header = Header(rank, 1, size, str(dtype), "cpu", tuple(guided[0].shape), bytes(16))
         own = guided[rank] if rank < size else None
         found = gather(mesh, own, guided[rank], header, Deferred(Aside()))
+        laid_out = torch.empty_like(guided[rank]).stride()
+        assert all(tensor.stride() == laid_out for tensor in found)
         return [torch.equal(*pair) for pair in zip(found, guided[:size], strict=True)]
 
     assert LocalWorld({"step": 3}, timeout_s=20).run(body) == [[True] * size] * 3

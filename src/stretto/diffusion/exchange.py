@@ -169,8 +169,10 @@ def _check_heads(read: Tensor, dtype: torch.dtype, own: Header, rank: int) -> No
 
 
 def _unpacked(message: Tensor, like: Tensor) -> Tensor:
+    """The prediction in a message, in the layout of `like`: a convolution sees channels last."""
     # The header's length is a multiple of every element size, so the view is aligned.
-    return message[HEADER_BYTES:].view(like.dtype).view(like.shape)
+    found = message[HEADER_BYTES:].view(like.dtype).view(like.shape)
+    return found if like.is_contiguous() else torch.empty_like(like).copy_(found)
 
 
 def _raw(tensor: Tensor) -> Tensor:
