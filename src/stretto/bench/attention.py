@@ -293,10 +293,6 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _is_startrail(row: Row) -> bool:
-    return row["plan"] == "startrail(4)"
-
-
 def _in_a_node(row: Row) -> bool:
     return row["ulysses"] <= 8
 
