@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from stretto.diffusion.api import emulate, parallelized
-from stretto.errors import NonFinite, PlanMismatch, SplitMismatch, UnsupportedPipeline
+from stretto.errors import (
+    IncompleteWindow,
+    NonFinite,
+    PlanMismatch,
+    SplitMismatch,
+    UnsupportedPipeline,
+)
 from stretto.mesh.local import LocalWorld
 from stretto.plan.model import Plan
 from stretto.plan.options import Adaptive, Listed, Parastep, Steps
@@ -69,6 +75,53 @@ def test_only_rank_zero_interrupts():
     with emulate(pipe, plan, timeout_s=20) as run:
         DDIM.call(pipe, callback_on_step_end=stop)
     assert len({r.sizes for r in run.reports}) == 1
+
+
+class EndsEarly:
+    """Mixin: a pipeline that returns without a word where its loop was stopped."""
+
+    def __call__(self, *args, **kwargs):
+        try:
+            return super().__call__(*args, **kwargs)
+        except StopIteration:
+            return None
+
+
+def test_a_pipeline_that_ends_inside_a_window_is_an_error():
+    """Its latents are guesses there, and those are never returned."""
+    pipe = DDIM.pipeline()
+    pipe.__class__ = type("Ending", (EndsEarly, type(pipe)), {})
+
+    def enough(pipe, i, t, tensors):
+        if i == 2:
+            raise StopIteration
+        return {}
+
+    plan = Plan(step=Steps(degree=3, windows=Listed(sizes=(1, 3, 3, 1)), exact_split=False))
+    wrong = pytest.raises(IncompleteWindow, match="the pipeline ended at step 3, inside the window")
+    with emulate(pipe, plan, timeout_s=20), wrong:
+        DDIM.call(pipe, callback_on_step_end=enough)
+
+
+def test_callbacks_are_told_what_is_provisional():
+    """Latents are true after an exact step and at the end of a window, guesses between."""
+
+    def body(mesh):
+        pipe, seen = DDIM.pipeline(), []
+        pipe.set_progress_bar_config(disable=True)
+
+        def watch(pipe, i, t, tensors):
+            seen.append(attached.provisional)
+            return {}
+
+        with parallelized(pipe, plan, mesh=mesh) as attached:
+            DDIM.call(pipe, callback_on_step_end=watch)
+            assert not attached.provisional
+        return seen
+
+    plan = Plan(step=Steps(degree=3, windows=Listed(sizes=(1, 3, 1, 2, 1)), exact_split=False))
+    expected = [False, True, True, False, False, True, False, False]
+    assert LocalWorld(plan.sizes, timeout_s=20).run(body) == [expected] * 3
 
 
 def test_calls_that_feed_one_another_are_refused():
