@@ -17,8 +17,10 @@ from stretto.errors import (
 from stretto.mesh.local import LocalWorld
 from stretto.plan.model import Plan
 from stretto.plan.options import Adaptive, Listed, Parastep, Steps
+from stretto.search.windows import default_depth
 from stretto.testing import models
 from stretto.testing.exactness import counted
+from tests.diffusion.test_against_naive import NUM_STEPS, Pipeline
 
 DDIM = models.CASES["sd15-ddim"]
 
@@ -173,6 +175,45 @@ def test_an_output_that_is_not_finite_is_named_as_that():
     pipe.unet.forward = lambda sample, *_, **options: (torch.full_like(sample, torch.nan),)
     with emulate(pipe, Plan(cfg=2)), pytest.raises(NonFinite, match="step 0 holds NaN"):
         DDIM.call(pipe)
+
+
+def test_the_published_schedule_shares_no_exact_step():
+    """Every rank computes the warm-up whole, and sends nothing: that is the baseline's cost."""
+    pipe = DDIM.pipeline()
+    plan = Plan(step=Steps(degree=2, windows=Parastep(warmup=4)))
+    with emulate(pipe, plan) as run:
+        whole = DDIM.call(pipe)
+        assert torch.equal(DDIM.call(pipe), whole)
+    assert [r.evaluations for r in run.reports] == [6, 6]
+    assert {lane.phase for r in run.reports for lane, _ in r.traffic} == {"window", "report"}
+
+
+@pytest.mark.parametrize("name", ["wan22-two-transformers", "sd3-skip-layer"])
+def test_calls_that_learn_a_form_are_counted_apart(name):
+    """A second network, or a further call, may first come up where another rank evaluates."""
+    case = models.CASES[name]
+    pipe, found, passes = case.pipeline(), [], []
+    plan = Plan(step=Steps(degree=3, windows=Listed(sizes=(1, 3, 3, 1)), exact_split=False))
+    with emulate(pipe, plan) as run:
+        for _ in range(2):
+            with counted(pipe) as seen:
+                case.call(pipe)
+            found.append([(r.evaluations, r.structure_calls) for r in run.reports])
+            passes.append(sum(seen.values()))
+    first, second = found
+    assert [planned for planned, _ in first] == [planned for planned, _ in second]
+    assert sum(learned for _, learned in first) > 0
+    assert not any(learned for _, learned in second)
+    assert passes == [sum(map(sum, call)) for call in found]
+
+
+def test_the_length_of_an_earlier_call_is_forgotten():
+    """A pipeline that keeps one may not set it anew in every call."""
+    pipe = Pipeline("flow_prediction")
+    pipe._num_timesteps = NUM_STEPS // 2
+    with emulate(pipe, Plan(step=2)) as run:
+        pipe(torch.ones(4, 12, dtype=torch.float64))
+    assert run.report.depth == default_depth(NUM_STEPS, 2)
 
 
 @pytest.mark.parametrize(
