@@ -11,6 +11,7 @@ from stretto.errors import (
     IncompleteWindow,
     NonFinite,
     PlanMismatch,
+    RanksDisagree,
     SplitMismatch,
     UnsupportedPipeline,
 )
@@ -77,6 +78,62 @@ def test_only_rank_zero_interrupts():
     with emulate(pipe, plan, timeout_s=20) as run:
         DDIM.call(pipe, callback_on_step_end=stop)
     assert len({r.sizes for r in run.reports}) == 1
+
+
+def test_waits_are_long_until_the_first_window_has_closed():
+    """Until then kernels load; a rank that stalls later is found in the time that was asked for."""
+
+    def body(mesh):
+        pipe, seen = DDIM.pipeline(), []
+        pipe.set_progress_bar_config(disable=True)
+
+        def watch(pipe, i, t, tensors):
+            seen.append(mesh.timeout_s)
+            return {}
+
+        with parallelized(pipe, plan, mesh=mesh):
+            DDIM.call(pipe, callback_on_step_end=watch)
+        return seen
+
+    plan = Plan(step=Steps(degree=3, windows=Listed(sizes=(1, 3, 1, 2, 1)), exact_split=False))
+    assert LocalWorld(plan.sizes, timeout_s=20).run(body) == [[60] * 3 + [20] * 5] * 3
+
+
+@pytest.mark.parametrize("unlike", ["prompt", "size"])
+@pytest.mark.parametrize("plan", [Plan(cfg=2), Plan(step=2)], ids=str)
+def test_unlike_calls_are_named_before_ranks_exchange(plan, unlike):
+    """Two pictures would be blended, or tensors of two sizes be taken for one."""
+
+    def body(mesh):
+        pipe, inputs = DDIM.pipeline(), DDIM.inputs()
+        pipe.set_progress_bar_config(disable=True)
+        if mesh.world_rank and unlike == "prompt":
+            inputs["prompt_embeds"] = inputs["prompt_embeds"] + 1
+        elif mesh.world_rank:
+            inputs |= {k: v[:, 1:] for k, v in inputs.items() if k.endswith("embeds")}
+        with parallelized(pipe, plan, mesh=mesh):
+            DDIM.call(pipe, **inputs)
+
+    with pytest.raises(RanksDisagree, match="first denoiser call: rank . has inputs"):
+        LocalWorld(plan.sizes, timeout_s=20).run(body)
+
+
+class StepsTwice(Pipeline):
+    """Two steps of the scheduler on each prediction: another walk than the one that is planned."""
+
+    def __call__(self, x):
+        for t in self.scheduler.timesteps[::2]:
+            guided = self.unet(x, t)[0]
+            x = self.scheduler.step(guided, t, x)[0]
+            x = self.scheduler.step(guided, t + 1, x)[0]
+        return x
+
+
+def test_a_step_without_a_denoiser_call_is_refused():
+    pipe = StepsTwice("flow_prediction")
+    refused = pytest.raises(UnsupportedPipeline, match="step 1: the scheduler stepped twice")
+    with emulate(pipe, Plan(step=2), timeout_s=20), refused:
+        pipe(torch.ones(4, 12, dtype=torch.float64))
 
 
 class EndsEarly:
