@@ -114,8 +114,27 @@ def test_unlike_calls_are_named_before_ranks_exchange(plan, unlike):
         with parallelized(pipe, plan, mesh=mesh):
             DDIM.call(pipe, **inputs)
 
-    with pytest.raises(RanksDisagree, match="first denoiser call: rank . has inputs"):
+    with pytest.raises(RanksDisagree, match=r"first denoiser call: rank \d has inputs"):
         LocalWorld(plan.sizes, timeout_s=20).run(body)
+
+
+@pytest.mark.parametrize("debug", [True, False])
+def test_debug_compares_latents_at_every_window(debug):
+    """Other weights on one rank: equal inputs, and latents that part at the first step."""
+
+    def body(mesh):
+        pipe = Pipeline("flow_prediction")
+        pipe.unet.centres_KD += mesh.world_rank / 100
+        with parallelized(pipe, plan, mesh=mesh, debug=debug):
+            return pipe(torch.ones(4, 12, dtype=torch.float64))
+
+    plan = Plan(step=Steps(degree=2, exact_split=False))
+    world = LocalWorld(plan.sizes, timeout_s=20)
+    if debug:
+        with pytest.raises(RanksDisagree, match=r"window-start latents: rank \d has"):
+            world.run(body)
+    else:
+        assert not torch.equal(*world.run(body))
 
 
 class StepsTwice(Pipeline):
