@@ -17,7 +17,7 @@ from stretto.errors import (
 )
 from stretto.mesh.local import LocalWorld
 from stretto.plan.model import Plan
-from stretto.plan.options import Adaptive, Listed, Parastep, Steps
+from stretto.plan.options import Adaptive, Fixed, Listed, Parastep, Steps
 from stretto.search.windows import default_depth
 from stretto.testing import models
 from stretto.testing.exactness import counted
@@ -290,6 +290,25 @@ def test_the_length_of_an_earlier_call_is_forgotten():
     with emulate(pipe, Plan(step=2)) as run:
         pipe(torch.ones(4, 12, dtype=torch.float64))
     assert run.report.depth == default_depth(NUM_STEPS, 2)
+
+
+@pytest.mark.parametrize("poisoned", [0, 1])
+def test_a_leader_looks_at_every_prediction(poisoned):
+    """Its own and those it is sent: nobody else takes the true steps."""
+
+    def body(mesh):
+        pipe = Pipeline("flow_prediction")
+        plain, rank = pipe.unet.forward, mesh.world_rank
+        if rank == poisoned:
+            pipe.unet.forward = lambda x, i: (plain(x, i)[0] / (0 if i == 7 + rank else 1),)
+        with parallelized(pipe, plan, mesh=mesh):
+            pipe(torch.ones(4, 12, dtype=torch.float64))
+
+    # Exact steps 0 to 6, then windows that begin at the odd ones.
+    steps = Steps(degree=2, windows=Fixed(warmup=7), walk="leader", exact_split=False)
+    plan = Plan(step=steps)
+    with pytest.raises(NonFinite, match=f"the prediction of step {7 + poisoned} holds NaN"):
+        LocalWorld(plan.sizes, timeout_s=20).run(body)
 
 
 @pytest.mark.parametrize(
