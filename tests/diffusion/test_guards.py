@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from stretto.diffusion import naive
 from stretto.diffusion.api import emulate, parallelized
 from stretto.errors import (
     IncompleteWindow,
@@ -18,10 +19,10 @@ from stretto.errors import (
 from stretto.mesh.local import LocalWorld
 from stretto.plan.model import Plan
 from stretto.plan.options import Adaptive, Fixed, Listed, Parastep, Steps
-from stretto.search.windows import default_depth
+from stretto.search import windows as search
 from stretto.testing import models
 from stretto.testing.exactness import counted
-from tests.diffusion.test_against_naive import NUM_STEPS, Pipeline
+from tests.diffusion.test_against_naive import NUM_STEPS, Pipeline, close, problem
 
 DDIM = models.CASES["sd15-ddim"]
 
@@ -153,6 +154,29 @@ def test_a_step_without_a_denoiser_call_is_refused():
     refused = pytest.raises(UnsupportedPipeline, match="step 1: the scheduler stepped twice")
     with emulate(pipe, Plan(step=2), timeout_s=20), refused:
         pipe(torch.ones(4, 12, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("degree", [2, 3, 8])
+def test_a_leader_walks_the_published_schedule(degree):
+    """As ParaStep does: the first rank's latents alone are true, others reuse outputs of theirs."""
+    pipe = Pipeline("epsilon")
+    denoise, step, x, _ = problem(pipe)
+    twin = naive.published(denoise, step, x, NUM_STEPS, degree, 5)
+    with emulate(pipe, Plan(step=Steps(degree=degree, windows=Parastep(), walk="leader"))) as run:
+        output = pipe(torch.from_numpy(x))
+    assert run.report.walk == "leader"
+    assert close(output, twin)
+
+
+def test_a_leader_learns_what_replaying_ranks_learn():
+    """Damping is fitted also on ranks that take no true step. Predictions are taken as they come."""
+    pipe = Pipeline("epsilon")
+    denoise, step, x, noise = problem(pipe)
+    sizes = search.tail(noise, 4)
+    twin = naive.replay(denoise, step, x, sizes, noise, naive.damped)
+    steps = Steps(degree=4, windows=Listed(sizes=sizes), walk="leader", exact_split=False)
+    with emulate(pipe, Plan(step=steps)):
+        assert close(pipe(torch.from_numpy(x)), twin)
 
 
 class EndsEarly:
@@ -289,7 +313,7 @@ def test_the_length_of_an_earlier_call_is_forgotten():
     pipe._num_timesteps = NUM_STEPS // 2
     with emulate(pipe, Plan(step=2)) as run:
         pipe(torch.ones(4, 12, dtype=torch.float64))
-    assert run.report.depth == default_depth(NUM_STEPS, 2)
+    assert run.report.depth == search.default_depth(NUM_STEPS, 2)
 
 
 @pytest.mark.parametrize("poisoned", [0, 1])

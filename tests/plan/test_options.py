@@ -140,6 +140,7 @@ NAN = float("nan")
         (Listed, {"sizes": 4}, "sizes=4: expected window sizes"),
         (Listed, {"sizes": (1, 0, 3)}, r"sizes\[1\]=0: expected a whole number, at least 1"),
         (Listed, {"sizes": (1, 2), "damping": (0.5, NAN)}, r"damping\[1\]=nan: .* from 0 to 1"),
+        (Listed, {"sizes": (1, 2), "damping": (True,)}, r"damping\[0\]=True: .* from 0 to 1"),
         (Listed, {"sizes": (1, 2), "damping": 0.5}, "damping=0.5 is a float; expected a tuple"),
         (Listed, {"sizes": (1, 2), "grid": (1.5, 0.5, 0.0)}, r"grid\[0\]=1.5: .* from 0 to 1"),
         (Calibrated, {"file": ""}, "file='': expected the path of a file"),
