@@ -169,7 +169,7 @@ def test_a_leader_walks_the_published_schedule(degree):
 
 
 def test_a_leader_learns_what_replaying_ranks_learn():
-    """Damping is fitted also on ranks that take no true step. Predictions are taken as they come."""
+    """Damping is fitted also on ranks that take no true step; predictions stay as they come."""
     pipe = Pipeline("epsilon")
     denoise, step, x, noise = problem(pipe)
     sizes = search.tail(noise, 4)
