@@ -4,6 +4,7 @@ import pkgutil
 from types import ModuleType
 
 import pytest
+from pydantic import ValidationError
 
 import stretto
 from tests.fresh import modules_after
@@ -45,6 +46,21 @@ def test_name_loads_and_is_documented(name):
     value = getattr(stretto, name)
     assert value.__doc__
     assert name in dir(stretto)
+
+
+@pytest.mark.parametrize("name", ["Cluster", "Plan", "Workload"])
+def test_a_noun_is_frozen_and_has_few_fields(name):
+    noun = getattr(stretto, name)
+    assert noun.model_config["frozen"]
+    assert noun.model_config["extra"] == "forbid"
+    assert len(noun.model_fields) <= 12
+
+
+def test_a_plan_cannot_be_changed():
+    plan = stretto.Plan(step=2)
+    with pytest.raises(ValidationError, match="frozen"):
+        plan.cfg = stretto.Guidance(degree=2)
+    assert plan == stretto.Plan(step=2)
 
 
 def test_every_home_is_public():

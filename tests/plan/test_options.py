@@ -76,6 +76,12 @@ def test_the_surface_is_frozen():
     }
 
 
+def test_the_fields_of_a_plan_are_frozen():
+    """Twelve at most; a new one is a decision."""
+    known = {"kind", "dp", "cp", "step", "cfg", "placement", "origin"}
+    assert set(Plan.model_fields) == known
+
+
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_an_option_has_few_fields_and_forbids_others(kind):
     assert len(dataclasses.fields(kind)) <= 12

@@ -20,8 +20,8 @@ def test_bytes_of_one_lane_add_up():
 
 
 def test_nothing_sent_is_no_lane():
-    assert traffic(("window", "all_gather", "step", 0)) == Traffic()
-    assert list(Traffic()) == []
+    # Counters that hold zeros equal those that hold nothing: look at what is there.
+    assert list(traffic(("window", "all_gather", "step", 0))) == list(Traffic()) == []
     assert Traffic().total() == 0
 
 
