@@ -8,6 +8,7 @@ import torch
 
 from stretto.diffusion import naive
 from stretto.diffusion.api import emulate, parallelized
+from stretto.diffusion.denoise import NEVER_SPLIT, Denoise
 from stretto.errors import (
     IncompleteWindow,
     NonFinite,
@@ -438,16 +439,29 @@ def test_leaving_keeps_what_others_wrapped_since():
     assert torch.equal(DDIM.call(pipe), plain)
 
 
-def test_a_cache_enabled_inside_is_refused():
+@pytest.mark.parametrize(
+    "way", [emulate, partial(parallelized, mesh=LocalWorld({"step": 2}).mesh(0))]
+)
+def test_a_cache_enabled_inside_is_refused(way):
     from diffusers import FirstBlockCacheConfig
 
     case = models.CASES["flux-distilled"]
     pipe = case.pipeline()
-    run = emulate(pipe, Plan(step=2))
-    with run:
+    with way(pipe, Plan(step=2)):
         pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
         with pytest.raises(UnsupportedPipeline, match="step cache"):
             case.call(pipe)
+
+
+def test_tables_as_long_as_the_batch_stay_whole():
+    """Positions and rotations hold no batch, also where their length is that of the batch."""
+    rows, table = torch.arange(8.0).view(4, 2, 1), torch.arange(4.0)
+    named = {"txt_ids": table, "guidance": table, "own_table": table}
+    call = Denoise("transformer", dict, (rows,), named, never_split=NEVER_SPLIT | {"own_table"})
+    part = call.chunk(1, 2)
+    assert part.args[0].flatten().tolist() == [4, 5, 6, 7]
+    assert part.kwargs["guidance"].tolist() == [2, 3]
+    assert part.kwargs["txt_ids"] is part.kwargs["own_table"] is table
 
 
 def test_remembered_outputs_stay_few():

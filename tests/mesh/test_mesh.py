@@ -58,6 +58,19 @@ def test_processes():
     assert run_ranks(verbs, SIZES) == [expected(rank) for rank in range(4)]
 
 
+@pytest.mark.parametrize(("axis", "sent"), [("step", 12), (None, 18)])
+def test_a_sum_counts_what_a_ring_sends(axis, sent):
+    """2 (P - 1) / P of the bytes: everyone's part to the sums, and the sums to everyone."""
+
+    def body(mesh):
+        mesh = CountingMesh(mesh)
+        total = mesh.all_reduce(torch.ones(3), axis, "a").wait()
+        assert total.tolist() == [float(mesh.size(axis))] * 3
+        return mesh.traffic.total(), mesh.calls["all_reduce"]
+
+    assert LocalWorld(SIZES).run(body) == [(sent, 1)] * 4
+
+
 def held(mesh):
     return preloaded(), torch.get_num_threads()
 
