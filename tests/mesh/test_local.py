@@ -20,6 +20,22 @@ def test_a_rank_may_give_up_outside_of_a_run():
         world.mesh(0).check()
 
 
+def test_what_all_ranks_have_read_is_let_go():
+    """A generation makes thousands of collectives; tensors of the first are not kept to its end."""
+
+    def body(mesh):
+        for _ in range(3):
+            mesh.all_gather(torch.ones(2), "step", "window").wait()
+            mesh.broadcast(torch.ones(2), None, 1, "exact").wait()
+            if mesh.rank("step") != 1:
+                mesh.permute(torch.ones(2), "step", {0: 2}, "guidance").wait()
+
+    world = LocalWorld({"step": 3}, timeout_s=20)
+    world.run(body)
+    assert not world.slots
+    assert not world.readers
+
+
 class Told(SimpleQueue):
     """Ctrl-C comes while the caller waits for the ranks."""
 

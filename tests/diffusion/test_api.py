@@ -1,0 +1,67 @@
+"""`emulate` and `parallelized` themselves: what they refuse, hand out and leave behind."""
+
+import pytest
+import torch
+
+from stretto.diffusion.api import emulate
+from stretto.errors import SplitMismatch, UnsupportedPipeline
+from stretto.plan.model import Plan
+from stretto.plan.options import Guidance
+from stretto.testing import models
+
+DDIM = models.CASES["sd15-ddim"]
+
+
+def test_an_emulated_pipeline_is_not_emulated_again():
+    """The outer plan would be followed, and the inner one's report would stay empty."""
+    pipe = DDIM.pipeline()
+    with emulate(pipe, Plan(step=2)):
+        inner = emulate(pipe, Plan(cfg=2))
+        with pytest.raises(UnsupportedPipeline, match="is inside emulate"):
+            inner.__enter__()
+
+
+def test_an_emulation_hands_out_all_ranks_and_leaves_nothing_behind():
+    pipe = DDIM.pipeline()
+    plain = DDIM.call(pipe)
+    before = type(pipe), set(vars(pipe)), set(vars(pipe.unet)), set(vars(pipe.scheduler))
+    with emulate(pipe, Plan(step=2)) as run:
+        assert run.report is None
+        output = DDIM.call(pipe)
+        assert run.report is run.reports[0]
+        assert len(run.reports) == len(run.results) == 2
+        assert all(torch.equal(DDIM.tensor(result), output) for result in run.results)
+    assert (type(pipe), set(vars(pipe)), set(vars(pipe.unet)), set(vars(pipe.scheduler))) == before
+    assert torch.equal(DDIM.call(pipe), plain)
+
+
+def test_a_failing_call_leaves_the_emulation_of_use():
+    pipe = DDIM.pipeline()
+    plain = type(pipe)
+    with emulate(pipe, Plan(step=2), timeout_s=20) as run:
+        with pytest.raises(TypeError):
+            DDIM.call(pipe, guidance_scale="much")
+        DDIM.call(pipe)
+        assert run.report.num_steps == DDIM.steps
+    assert type(pipe) is plain
+
+
+def test_a_family_that_windows_would_disturb_is_refused_with_the_reason():
+    """Known by the name of its class; guidance over ranks is left to it."""
+    pipe = DDIM.pipeline()
+    pipe.__class__ = type("AceStepPipeline", (type(pipe),), {})
+    with emulate(pipe, Plan(step=2)), pytest.raises(UnsupportedPipeline, match="momentum"):
+        DDIM.call(pipe)
+    with emulate(pipe, Plan(cfg=2)) as run:
+        DDIM.call(pipe)
+    assert run.report.num_steps == DDIM.steps
+
+
+def test_a_batch_that_was_asked_to_be_cut_and_cannot_be():
+    """Guidance by two calls of one row each: `auto` would share out the calls."""
+    case = models.CASES["flux-true-cfg"]
+    pipe = case.pipeline()
+    plan = Plan(cfg=Guidance(degree=2, split="batch"))
+    words = "cfg=2 does not divide the denoiser's batch 1"
+    with emulate(pipe, plan), pytest.raises(SplitMismatch, match=words):
+        case.call(pipe)
