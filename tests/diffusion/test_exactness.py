@@ -163,6 +163,20 @@ def test_an_exact_step_is_shared_by_the_step_ranks():
     assert [r.evaluations for r in run.reports] == [8, 8, 1]
 
 
+@pytest.mark.parametrize(
+    ("degree", "verbs"), [(2, [{"all_gather"}] * 2), (3, [{"broadcast"}, {"broadcast"}, set()])]
+)
+def test_a_shared_step_is_gathered_where_every_rank_has_a_part(degree, verbs):
+    """Two rows on two ranks are one collective; on three, two ranks tell the third theirs."""
+    case = ALL["sd15-ddim"]
+    pipe = case.pipeline()
+    ones = Listed(sizes=(1,) * case.steps)
+    with emulate(pipe, Plan(step=Steps(degree=degree, windows=ones))) as run:
+        case.call(pipe)
+    exact = [[lane for lane, _ in r.traffic if lane.phase == "exact"] for r in run.reports]
+    assert [{lane.verb for lane in lanes} for lanes in exact] == verbs
+
+
 def test_branches_of_one_call_each():
     case = ALL["wan-flow"]
     pipe = case.pipeline()

@@ -58,6 +58,31 @@ def test_processes():
     assert run_ranks(verbs, SIZES) == [expected(rank) for rank in range(4)]
 
 
+#: Around the lengths that one message holds: 256 and 16384 bytes with 8 for the length.
+LENGTHS = (0, 1, 248, 249, 5000, 16376, 16377, 40000)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_byte_strings_of_any_length_arrive(length):
+    def text(rank, length):
+        return bytes((rank + place) % 251 for place in range(length))
+
+    def body(mesh):
+        rank = mesh.rank("step")
+        own = text(rank, length if rank else length // 2)
+        return mesh.gather_bytes(own, "step"), mesh.broadcast_bytes(own, "step", 1)
+
+    expected = [text(0, length // 2), text(1, length), text(2, length)]
+    assert LocalWorld({"step": 3}).run(body) == [(expected, expected[1])] * 3
+
+
+def test_a_collective_is_waited_for_once():
+    pending = LocalWorld({}).mesh(0).all_gather(torch.ones(1), "step", "a")
+    assert len(pending.wait()) == 1
+    with pytest.raises(AssertionError, match="waited for once"):
+        pending.wait()
+
+
 @pytest.mark.parametrize(("axis", "sent"), [("step", 12), (None, 18)])
 def test_a_sum_counts_what_a_ring_sends(axis, sent):
     """2 (P - 1) / P of the bytes: everyone's part to the sums, and the sums to everyone."""
