@@ -2,11 +2,14 @@
 
 import os
 import signal
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from stretto.diffusion.api import emulate, parallelized
+from stretto.diffusion.deferred import Aside
+from stretto.diffusion.predict import Extrapolation
 from stretto.errors import (
     ConfigError,
     HookDisplaced,
@@ -446,3 +449,45 @@ def test_waits_are_long_in_the_first_window_only(monkeypatch):
     assert run.report.sizes.count(2) > 1
     assert allowed[:2] == [180, 180]
     assert set(allowed[2:]) == {60}
+
+
+# ---- memory of a second stream ---------------------------------------------------------------
+
+
+class Noted(Aside):
+    """Notes what is inside as used."""
+
+    used = ()
+
+    @contextmanager
+    def work(self, *used):
+        before, self.used = self.used, used
+        yield
+        self.used = before
+
+
+class Listening(Extrapolation):
+    """Learns only where its memory is safe, and notes when."""
+
+    def __init__(self, asides):
+        super().__init__(1, fitted=True)
+        self.asides, self.learned = asides, 0
+
+    def append(self, s, g):
+        assert any(g is used for aside in self.asides for used in aside.used)
+        self.learned += 1
+        super().append(s, g)
+
+
+@pytest.mark.parametrize("case", [FLOW, DDIM], ids=["flow", "carried"])
+@pytest.mark.parametrize("walk", ["replay", "leader"])
+def test_a_predictor_learns_on_the_second_stream_alone(case, walk, monkeypatch):
+    """What it made for exact steps is read there later, and dropped while it is read."""
+    asides = []
+    monkeypatch.setattr("stretto.diffusion.api.Aside", lambda: asides.append(Noted()) or asides[-1])
+    predictors = [Listening(asides) for _ in range(2)]
+    pipe = case.pipeline()
+    plan = Plan(step=Steps(degree=2, windows=Listed(sizes=(1, 1, 2, 1, 2, 1)), walk=walk))
+    with emulate(pipe, plan, predictors=predictors):
+        case.call(pipe)
+    assert [predictor.learned for predictor in predictors] == [8, 8]

@@ -28,14 +28,14 @@ def reading(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     copies = []
     for tensor in tensors:
         is_pinned = tensor.device.type == "cuda"
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_pinned)
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=is_pinned)
         copies.append(copy.copy_(tensor.detach(), non_blocking=is_pinned))
-    arrived = torch.cuda.Event() if any(t.device.type == "cuda" for t in tensors) else None
-    if arrived is not None:
-        arrived.record()
+    # Of the devices they lie on: a thread's current one may be another.
+    devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
+    arrivals = [torch.cuda.current_stream(device).record_event() for device in devices]
 
     def read() -> list[Tensor]:
-        if arrived is not None:
+        for arrived in arrivals:
             arrived.synchronize()
         return copies
 
@@ -47,10 +47,12 @@ class Aside:
 
     One for all calls of a pipeline: a stream keeps memory of its own, and gives it to nobody else.
     What is made there is of use after `join`. On the CPU work is done in its turn.
+    Only what is made inside and what is named as used may be read inside: the memory of anything
+    else goes, when freed, to kernels that do not wait for this stream.
     """
 
     def __init__(self) -> None:
-        self._stream: torch.cuda.Stream | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @contextmanager
     def work(self, *used: Tensor) -> Iterator[None]:
@@ -59,18 +61,19 @@ class Aside:
         if device.type != "cuda":
             yield
             return
-        self._stream = self._stream or torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+        stream = self._streams.get(device) or torch.cuda.Stream(device)
+        self._streams[device] = stream
+        stream.wait_stream(torch.cuda.current_stream(device))
         for tensor in used:
             # Freed by its owner, its memory is not given away before this work is done.
-            tensor.record_stream(self._stream)
-        with torch.cuda.stream(self._stream):
+            tensor.record_stream(stream)
+        with torch.cuda.stream(stream):
             yield
 
     def join(self) -> None:
         """What follows waits for all work until here; the host does not."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        for device, stream in self._streams.items():
+            torch.cuda.current_stream(device).wait_stream(stream)
 
 
 class Deferred:

@@ -38,8 +38,7 @@ class Replay(Walk):
         guesses = self._guessed_latents() if self.carries else None
         if guesses is None:
             # What was gathered is what is true: it is learned from beside the steps.
-            with run.deferred.aside(*guided):
-                run.learn(guided)
+            run.learn(guided)
         self.rewind()
         result: Any = None
         trues: list[Tensor] = []
@@ -108,10 +107,8 @@ class Replay(Walk):
         window = self.run.window
         if inside != self.run.rank or window.own_latents is None:
             return
-        wide = torch.promote_types(true.dtype, torch.float32)
         with self.run.deferred.aside(true, window.own_latents):
-            error = torch.linalg.vector_norm(true - window.own_latents, dtype=wide)
-            scale = torch.linalg.vector_norm(true, dtype=wide)
+            error, scale = _norms(true, window.own_latents)
         self.run.report.own_error(window.start + inside, error, scale)
 
     def _header(self, like: Tensor) -> Header:
@@ -125,3 +122,13 @@ class Replay(Walk):
             shape=tuple(like.shape),
             digest=exchange.digest(first) if run.debug else bytes(16),
         )
+
+
+def _norms(true: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
+    """Norm of the error of a guess, and of what is true."""
+    if not true.is_floating_point():
+        # Tokens: their numbers are names, so one is right or wrong.
+        true, guess = torch.ones_like(true, dtype=torch.float32), (true == guess).float()
+    wide = torch.promote_types(true.dtype, torch.float32)
+    error = torch.linalg.vector_norm(true - guess, dtype=wide)
+    return error, torch.linalg.vector_norm(true, dtype=wide)

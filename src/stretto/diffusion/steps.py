@@ -42,6 +42,7 @@ from stretto.errors import (
     UnsupportedPipeline,
 )
 from stretto.mesh.count import CountingMesh
+from stretto.mesh.local import LocalMesh
 from stretto.mesh.mesh import WARMING_UP, Mesh
 from stretto.plan.model import Plan
 from stretto.plan.options import Adaptive
@@ -157,8 +158,9 @@ class StepRun:
         if is_first and self.position == 0:
             self.port.read_grid()
             self._opening = exchange.opening(self.mesh.mesh, call.args, call.kwargs)
-            if self.mesh.size("cfg") > 1:
-                # Their evaluations exchange tensors, which must be alike.
+            if self.mesh.size("cfg") > 1 or isinstance(self.mesh.mesh, LocalMesh):
+                # Their evaluations exchange tensors, which must be alike. Virtual ranks may share
+                # the memory of an output: nobody's turn comes between it and its use.
                 self._open()
         call.index = self._call_counts[call.module]
         self._call_counts[call.module] += 1
@@ -189,7 +191,7 @@ class StepRun:
             self.interrupted = self._says.interrupt()
         elif not self.provisional and self._polled < self.position:
             self._polled = self.position
-            flag = torch.tensor([self._says.interrupt()], dtype=torch.uint8)
+            flag = torch.tensor([self._says.interrupt()], dtype=torch.uint8, device="cpu")
             told = self.mesh.broadcast(flag, None, 0, "control").wait()
             self.interrupted = self.interrupted or bool(told)
         return self.interrupted
@@ -321,15 +323,20 @@ class StepRun:
     # ---- between steps ---------------------------------------------------------------------
 
     def learn(self, guided: Sequence[Tensor]) -> None:
-        """Tell the predictor what the predictions of the window under way truly were."""
+        """Tell the predictor what the predictions of the window under way truly were.
+
+        Always on the second stream: memory that the predictor drops is then not given away to the
+        steps while that stream still reads it.
+        """
         start, size = self.window.start, len(guided)
         if not self._is_heard:
             return
-        # A pipeline may walk its timesteps twice; nothing is guessed beyond the grid.
-        for s, g in zip(self.noise[start:], guided, strict=False):
-            self.predictor.append(s, g)
-        if start + size < len(self.noise):
-            self.predictor.close_window(start, size)
+        with self.deferred.aside(*guided):
+            # A pipeline may walk its timesteps twice; nothing is guessed beyond the grid.
+            for s, g in zip(self.noise[start:], guided, strict=False):
+                self.predictor.append(s, g)
+            if start + size < len(self.noise):
+                self.predictor.close_window(start, size)
 
     def _advance(self, call: StepCall, result: Any) -> None:
         if self._has_windows:
