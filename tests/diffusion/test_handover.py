@@ -6,7 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AmusedScheduler,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 
 from stretto.diffusion.api import emulate, parallelized
 from stretto.errors import LatentsEdited
@@ -42,9 +48,18 @@ def test_a_sample_returned_twice_is_no_extra(walk):
     assert all(exact(case_of("TCDScheduler"), walk))
 
 
-def test_a_leader_sends_no_functions_of_its_scheduler():
-    """SA-Solver keeps one made in its constructor, which no pickle takes."""
-    assert all(exact(case_of("SASolverScheduler", stochastic=True), "leader"))
+@pytest.mark.parametrize("options", [{}, {"tau_func": lambda t: 0.5}], ids=["made", "given"])
+def test_a_leader_sends_no_functions_of_its_scheduler(options):
+    """SA-Solver keeps one made in its constructor, or one given to it; no pickle takes them."""
+    case = models._sd15("sa", "SASolverScheduler", facts={"stochastic": True}, **options)
+    assert all(exact(case, "leader"))
+
+
+@pytest.mark.parametrize("walk", ["replay", "leader"])
+def test_a_scheduler_inside_a_scheduler_has_a_history_too(walk):
+    """UniPC may predict with another one and only correct by itself."""
+    inner = PNDMScheduler(skip_prk_steps=True)
+    assert all(exact(models._sd15("unipc", "UniPCMultistepScheduler", solver_p=inner), walk))
 
 
 @pytest.mark.ranks
@@ -232,3 +247,62 @@ def test_a_denoiser_may_use_the_memory_of_its_output_again():
     """Guesses are made from predictions of earlier steps, which must be there still."""
     (expected, _), _ = ranks = run_ranks(graphs_and_not, {"step": 2})
     assert all(torch.equal(result, expected) for found in ranks for result in found)
+
+
+def test_virtual_ranks_may_share_the_memory_of_an_output():
+    found = []
+    for denoiser in (_Bent(), _Graph()):
+        pipe = _Guided(DDIMScheduler(clip_sample=False), denoiser)
+        with torch.no_grad():
+            pipe()
+            with emulate(pipe, Plan(step=3)) as run:
+                pipe()
+        found += run.results
+    assert all(torch.equal(result, found[0]) for result in found)
+
+
+class _Words(torch.nn.Module):
+    """Logits of 12 words at 8 places, from words of which one is the mask."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.embedded = torch.randn(13, 16, generator=generator)
+        self.mixed = torch.randn(8, 8, generator=generator) / 3
+        self.out = torch.randn(16, 12, generator=generator)
+
+    def forward(self, tokens, t):
+        return torch.tanh(self.mixed @ self.embedded[tokens] + t / 10) @ self.out
+
+
+class _Tokens(_Guided):
+    def __call__(self, generator):
+        self.scheduler.set_timesteps(8)
+        x = torch.full((2, 8), 12)
+        for t in self.scheduler.timesteps:
+            logits = self.unet(x, t)
+            x = self.scheduler.step(logits, t, x, generator=generator, return_dict=False)[0]
+        return x
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+def test_tokens_are_latents_too():
+    """Guesses of words are right or wrong: the error is that of a share of the 16."""
+    pipe, recorder = _Tokens(AmusedScheduler(mask_token_id=12), _Words()), Recorder()
+    plain = pipe(seeded())
+    with parallelized(pipe, Plan(), mesh=LocalWorld({}).mesh(0), predictor=recorder):
+        assert torch.equal(pipe(seeded()), plain)
+    plan = Plan(step=Steps(degree=3, windows=WINDOWS, exact_split=False))
+    oracles = [Oracle(recorder.guided) for _ in range(3)]
+    with emulate(pipe, plan, predictors=oracles) as run:
+        pipe(seeded())
+    assert all(torch.equal(result, plain) for result in run.results)
+    assert run.report.worst_discrepancy == 0
+    with emulate(pipe, plan) as run:
+        pipe(seeded())
+    wrong = 16 * run.report.worst_discrepancy**2
+    assert 1 <= round(wrong) <= 16
+    assert wrong == pytest.approx(round(wrong))

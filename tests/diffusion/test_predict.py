@@ -355,3 +355,11 @@ def test_autocast_on_a_gpu_leaves_sums_wide(monkeypatch):
         g = torch.empty(2, 3, dtype=torch.bfloat16, device="cuda")
         feed(predictor, [g] * 3, [1, 1, 1])
     assert seen == [torch.float32]
+
+
+def test_autocast_of_one_half_precision_takes_predictions_of_another():
+    predictor = make_predictor("damped")
+    values = [value.half() for value in tensors(4)]
+    with torch.autocast("cpu", torch.bfloat16):
+        feed(predictor, values, [1, 1, 2])
+    assert set(predictor.damping) == {1, 2}

@@ -6,8 +6,8 @@ For pipelines that edit latents between steps, which a replay of scheduler steps
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -46,26 +46,34 @@ class Leader(Walk):
         if run.rank == 0:
             content = {
                 "result": result,
-                "state": _plain(run.port.exported()),
+                "state": _sent(run.port.exported()),
                 "random": run.randomness.snapshot(),
                 "guided": run.window.trues,
             }
         content = _broadcast_object(run.mesh, content, run.mesh.device)
         if run.rank:
-            run.port.restore({**_functions(run.port.exported()), **content["state"]})
+            run.port.restore({**run.port.exported(), **content["state"]})
             run.randomness.restore(content["random"])
         run.learn(content["guided"])
         return content["result"]
 
 
-def _functions(state: dict[str, Any]) -> dict[str, Any]:
-    """What a scheduler made of its configuration, as SA-Solver does; every rank has its own."""
-    return {name: value for name, value in state.items() if isinstance(value, FunctionType)}
+def _sent(state: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's state without what no pickle takes; every rank has its own of that.
+
+    Functions made inside functions, as SA-Solver keeps, and sources of noise that hold some.
+    """
+    return {name: value for name, value in state.items() if _is_pickled(value)}
 
 
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """A scheduler's state without functions: those made inside a function cannot be pickled."""
-    return {name: value for name, value in state.items() if not isinstance(value, FunctionType)}
+def _is_pickled(value: Any) -> bool:
+    if isinstance(value, (torch.Tensor, list, tuple, int, float, str, type(None))):
+        return True
+    try:
+        pickle.dumps(value)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return False
+    return True
 
 
 def _broadcast_object(mesh: Mesh, content: dict | None, device: torch.device) -> dict:

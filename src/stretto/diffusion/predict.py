@@ -209,9 +209,10 @@ class _Line:
         """
         (difference,) = self._differences
         first = self._known[0][1]
-        changes = torch.stack([first, *(g for _, g in followed)]) - self._last
-        # Autocast on a GPU would sum in half precision, where a square of latents overflows.
-        with torch.autocast(changes.device.type, enabled=False):
+        # Autocast on a GPU would sum in half precision, where a square of latents overflows, and
+        # no autocast stacks tensors of another half precision than its own.
+        with torch.autocast(first.device.type, enabled=False):
+            changes = torch.stack([first, *(g for _, g in followed)]) - self._last
             sums = torch.mv(changes.flatten(1), difference.flatten())
         # Stages of one noise level say nothing of the slope: x / 0 would pass for a fit of 0 or 1.
         weights = self._on_device([self._weight(0, s) or math.nan for s, _ in followed])

@@ -5,11 +5,12 @@ Works on the *instance* and by signature, so that every scheduler with a `sample
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -275,7 +276,7 @@ def _shares(item: Tensor, grid: Tensor) -> bool:
     )
 
 
-def _is_on_device(time: Any) -> bool:
+def _is_on_device(time: Any) -> TypeGuard[Tensor]:
     return isinstance(time, Tensor) and time.device.type != "cpu"
 
 
@@ -298,7 +299,7 @@ def _with_sample(result: Any, sample: Tensor) -> Any:
 
 
 def _mapped(change: Callable[[Any], Any], kind: type, value: Any) -> Any:
-    """A value with `change` made to the items of a kind, containers and arrays copied."""
+    """A value with `change` made to the items of a kind; containers, arrays, schedulers copied."""
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, np.ndarray):
@@ -307,6 +308,11 @@ def _mapped(change: Callable[[Any], Any], kind: type, value: Any) -> Any:
         return type(value)(_mapped(change, kind, item) for item in value)
     if type(value) is dict:
         return {key: _mapped(change, kind, item) for key, item in value.items()}
+    if hasattr(value, "step") and hasattr(value, "set_timesteps"):
+        # UniPC may predict with another scheduler, which has a history of its own.
+        inner = copy.copy(value)
+        vars(inner).update(_mapped(change, kind, vars(value)))
+        return inner
     return value
 
 
