@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from stretto.diffusion.api import emulate
+from stretto.diffusion.api import emulate, parallelized
 from stretto.errors import SplitMismatch, UnsupportedPipeline
+from stretto.mesh.local import LocalWorld
 from stretto.plan.model import Plan
 from stretto.plan.options import Guidance
 from stretto.testing import models
@@ -44,6 +45,23 @@ def test_a_failing_call_leaves_the_emulation_of_use():
         DDIM.call(pipe)
         assert run.report.num_steps == DDIM.steps
     assert type(pipe) is plain
+
+
+def test_a_method_that_was_wrapped_before_comes_back():
+    """Offloading and adapters put a forward of theirs on the instance, too."""
+    pipe, calls = DDIM.pipeline(), []
+    plain = pipe.unet.forward
+
+    def theirs(*args, **kwargs):
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    pipe.unet.forward = theirs
+    with parallelized(pipe, Plan(), mesh=LocalWorld({}).mesh(0)):
+        assert pipe.unet.forward is not theirs
+        DDIM.call(pipe)
+    assert pipe.unet.forward is theirs
+    assert len(calls) == DDIM.steps
 
 
 def test_a_family_that_windows_would_disturb_is_refused_with_the_reason():

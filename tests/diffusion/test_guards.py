@@ -397,6 +397,17 @@ def test_virtual_ranks_inherit_inference_mode():
     assert seen == [False] * DDIM.steps + [True] * DDIM.steps
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_virtual_ranks_inherit_whether_gradients_are_kept(mode):
+    """Threads begin with gradients, and a pipeline of one's own may not turn them off."""
+    pipe, seen = Pipeline("flow_prediction"), []
+    plain = pipe.unet.forward
+    pipe.unet.forward = lambda x, i: seen.append(torch.is_grad_enabled()) or plain(x, i)
+    with mode(), emulate(pipe, Plan()):
+        pipe(torch.ones(4, 12, dtype=torch.float64))
+    assert seen == [mode is torch.enable_grad] * NUM_STEPS
+
+
 def test_one_generator_given_twice_stays_one():
     case = models.CASES["sd15-euler-ancestral"]
     pipe = case.pipeline()
