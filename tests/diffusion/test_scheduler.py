@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 from stretto.diffusion.scheduler import HostTimes, SchedulerPort
 from stretto.errors import UnsupportedPipeline
@@ -191,3 +192,16 @@ def test_a_timestep_on_a_device_is_compared_with_timesteps_there():
         # A tensor without memory stands in for a GPU's; nothing can be looked up with it.
         port.real(port.bind(x, torch.empty((), device="meta"), x))
     assert scheduler.seen[0] is scheduler.timesteps
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler])
+def test_grids_are_the_host_s_whatever_the_default_device(kind):
+    scheduler = kind()
+    scheduler.set_timesteps(5)
+    expected = SchedulerPort(scheduler).noise(1, 4)
+    last = float(scheduler.timesteps[-1])
+    with torch.device("meta"):
+        port = SchedulerPort(scheduler)
+        assert port.noise(1, 4) == expected
+        assert port.position(last) == 4
+        assert not len(HostTimes().read(None))

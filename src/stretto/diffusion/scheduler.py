@@ -193,7 +193,7 @@ class SchedulerPort:
         grid = self.scheduler.timesteps
         if isinstance(timestep, Tensor):
             timestep = self._times.on_host(timestep, grid)
-        here = torch.as_tensor(timestep).flatten()[:1].double().cpu()
+        here = torch.as_tensor(timestep, device="cpu").flatten()[:1].double()
         matches = (self._times.read(grid).flatten().double() == here).nonzero().flatten()
         return int(matches[0]) if len(matches) else 0
 
@@ -246,7 +246,7 @@ class HostTimes:
     def read(self, grid: Any) -> Tensor:
         """A grid on the host, of the device's once only; empty for None."""
         if not isinstance(grid, Tensor):
-            return torch.as_tensor([] if grid is None else grid)
+            return torch.as_tensor([] if grid is None else grid, device="cpu")
         if grid is not self._grid or version_of(grid) != self._version:
             self._grid, self._version = grid, version_of(grid)
             self._host = grid.detach().cpu()
@@ -330,12 +330,12 @@ def _sigmas(scheduler: Any, grid: Tensor) -> np.ndarray:
     sigmas = getattr(scheduler, "sigmas", None)
     timesteps = grid.double().numpy().reshape(-1)
     if sigmas is not None and len(sigmas) >= len(timesteps):
-        return torch.as_tensor(sigmas).double().cpu().numpy()
+        return torch.as_tensor(sigmas, device="cpu").double().numpy()
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is None:
         # No noise level is known: an even grid still orders the steps.
         return np.linspace(1.0, 0.0, len(timesteps) + 1)
-    alphas = torch.as_tensor(alphas).double().cpu().numpy()
+    alphas = torch.as_tensor(alphas, device="cpu").double().numpy()
     at = alphas[np.clip(timesteps.astype(int), 0, len(alphas) - 1)]
     # Grids of zero terminal signal start at alpha = 0, an infinite sigma.
     at = np.maximum(at, 1e-12)
