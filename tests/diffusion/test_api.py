@@ -1,14 +1,19 @@
 """`emulate` and `parallelized` themselves: what they refuse, hand out and leave behind."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from stretto.diffusion.adapters import denoisers_of
 from stretto.diffusion.api import emulate, parallelized
+from stretto.diffusion.local_errors import record
 from stretto.errors import SplitMismatch, UnsupportedPipeline
 from stretto.mesh.local import LocalWorld
 from stretto.plan.model import Plan
 from stretto.plan.options import Guidance
 from stretto.testing import models
+from tests.diffusion.test_against_naive import Euler, Pipeline
 
 DDIM = models.CASES["sd15-ddim"]
 
@@ -83,3 +88,39 @@ def test_a_batch_that_was_asked_to_be_cut_and_cannot_be():
     words = "cfg=2 does not divide the denoiser's batch 1"
     with emulate(pipe, plan), pytest.raises(SplitMismatch, match=words):
         case.call(pipe)
+
+
+def test_more_ranks_than_calls_says_how_many_there_are():
+    case = models.CASES["flux-true-cfg"]
+    pipe = case.pipeline()
+    words = r"cfg=3, but a step makes 2 denoiser call.*batch of 1,.*\n.*\n.*fix: cfg=2, or cfg=1"
+    with emulate(pipe, Plan(cfg=3)), pytest.raises(SplitMismatch, match=words):
+        case.call(pipe)
+
+
+def test_a_side_network_alone_is_no_denoiser():
+    pipe = SimpleNamespace(controlnet=torch.nn.Linear(1, 1))
+    with pytest.raises(UnsupportedPipeline, match="among controlnet; pass denoiser="):
+        denoisers_of(pipe)
+    assert set(denoisers_of(pipe, "controlnet")) == {"controlnet"}
+
+
+class Writing(Euler):
+    """Leaves something else where it was given a prediction."""
+
+    def step(self, model_output, timestep, sample):
+        result = super().step(model_output.clone(), timestep, sample)
+        model_output.zero_()
+        return result
+
+
+def test_a_record_holds_predictions_as_they_were_made():
+    """Damping is fitted to them, and windows are guessed from them."""
+    x = torch.ones(2, 12, dtype=torch.float64)
+    kept = []
+    for scheduler in (Euler, Writing):
+        pipe = Pipeline("flow_prediction")
+        pipe.scheduler = scheduler("flow_prediction")
+        kept.append(record(pipe, {"x": x}).guided)
+    assert all(torch.equal(ours, plain) for ours, plain in zip(*kept, strict=True))
+    assert all(guided.any() for guided in kept[1])
