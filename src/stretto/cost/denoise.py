@@ -46,7 +46,8 @@ def cut_of(workload: Workload, plan: Plan) -> Cut:
         )
     if not batched:
         return Cut("calls", -(-calls // degree) / calls, 1, raw)
-    shares = plan.step.exact_split and plan.step.degree > 1
+    # The published schedule computes its exact steps on every rank.
+    shares = plan.step.exact_split and plan.step.degree > 1 and plan.step.guesses != "own"
     chunks = denoise.chunks_of(rows // degree, plan.step.degree) if shares else 1
     return Cut("batch", 1 / degree, chunks, raw // degree)
 
