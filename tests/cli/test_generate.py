@@ -13,6 +13,7 @@ from stretto.cli import app as cli
 from stretto.cli import generate as generating
 from stretto.cli.generate_options import Subject, call_of, threads_of
 from stretto.cluster import detect
+from stretto.diffusion.shipped.pipeline import ClassDiTPipeline
 from stretto.diffusion.steps import StepRun
 from stretto.diffusion.worker import _read
 from stretto.errors import PlanMismatch
@@ -53,6 +54,22 @@ def test_virtual_ranks_write_pictures_and_a_result(tmp_path, capsys):
     assert row["windows"] == [1, 1, 2]
     assert row["evaluations"] == [3, 3]
     assert row["seconds"] == []
+
+
+def test_without_a_folder_the_shipped_model_is_taken_whatever_lies_around(tmp_path, monkeypatch):
+    (tmp_path / "dit").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert generate("--steps", "1", "--classes", "1", "--quiet", out=tmp_path / "out") == 0
+
+
+def test_a_number_of_steps_that_a_pipeline_does_not_take_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ClassDiTPipeline, "__call__", _takes_few_steps)
+    message = refused(capsys, "--steps", "9", "--classes", "1", out=tmp_path / "out")
+    assert "num_inference_steps=9" in message
+
+
+def _takes_few_steps(self, class_labels, num_inference_steps=4, guidance_scale=2.0):
+    raise ValueError("at most 4 steps")
 
 
 def test_a_plan_file_says_how_many_ranks(tmp_path, capsys):
@@ -140,7 +157,7 @@ def test_files_of_an_earlier_run_are_named(tmp_path, capsys):
         (("absent-folder",), "no folder absent-folder"),
         (("",), "no folder ''"),
         (("x" * 300,), "no folder xxx"),
-        (("--step", "2", "--windows", "x" * 300), "and no file has that name"),
+        (("--step", "2", "--windows", "x" * 300), "no schedule and no file"),
         (("--set", "latents=@" + "x" * 300, *BRIEF), "no file xxx"),
         (("shipped:dti",), "did you mean 'dit'"),
         (("--dtype", "float8"), "--dtype 'float8'"),

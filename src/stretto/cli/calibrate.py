@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from stretto import documents
-from stretto.cli.generate_options import Scale, Seed
-from stretto.cli.limits import check_threads
+from stretto.cli.generate_options import MODEL, Scale, Seed
+from stretto.cli.limits import COUNT, check_threads
 from stretto.cli.whole import AT_LEAST_1, whole, wholes
 from stretto.diffusion.arguments import naming_arguments
 from stretto.diffusion.calibrate import calibrate as measure
@@ -29,17 +29,17 @@ _NUMBERS = Parameter(consume_multiple=True, converter=wholes)
 
 
 def calibrate(
-    folder: str = "dit",
+    folder: str = MODEL,
     /,
     *,
     degree: Annotated[int, Parameter(converter=whole, validator=validators.Number(gte=2))] = 4,
     depth: Annotated[list[int] | None, _NUMBERS] = None,
-    steps: Annotated[int, AT_LEAST_1] = 50,
+    steps: Annotated[int, COUNT] = 50,
     guidance_scale: Scale = None,
     classes: Annotated[list[int] | None, _NUMBERS] = None,
     prompt: Annotated[list[str] | None, _MANY] = None,
-    calls: Annotated[int, AT_LEAST_1] = 4,
-    holdout: Annotated[int, AT_LEAST_1] = 4,
+    calls: Annotated[int, COUNT] = 4,
+    holdout: Annotated[int, COUNT] = 4,
     seed: Seed = 0,
     threads: Annotated[int, AT_LEAST_1] = 1,
     out: Annotated[Path, Parameter(name=("--out", "-o"))] = Path("calibration.yaml"),
@@ -92,9 +92,10 @@ def calibrate(
     subjects = _subjects(pipe, classes, prompt, calls, holdout)
     requests = [_request(subject, seed + index, options) for index, subject in enumerate(subjects)]
     given = {"degree": degree, "depths": depth, "holdout": requests[calls:]}
+    shown = {**subjects[0], "num_inference_steps": steps}
     started = time.perf_counter()
     console = Console(stderr=True)
-    with console.status("measuring") as status, naming_arguments(pipe, subjects[0]):
+    with console.status("measuring") as status, naming_arguments(pipe, shown):
         found = measure(pipe, requests[:calls], **given, say=status.update)
     seconds = time.perf_counter() - started
     write_calibration(found, out)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter, validators
 
+from stretto.cli.limits import COUNT
 from stretto.cli.whole import AT_LEAST_1
 from stretto.cluster.model import Cluster
 from stretto.cost.train_words import bytes_of
@@ -41,7 +42,7 @@ def explain(
     window: _Steps = None,
     cluster: str | None = None,
     diff: str | None = None,
-    steps: _Steps = None,
+    steps: Annotated[int | None, COUNT] = None,
     shift: _Shift = None,
     guided_bytes: str | None = None,
     json: bool = False,

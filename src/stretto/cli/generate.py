@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter, validators
 
 from stretto.cli.generate_options import (
+    MODEL,
     Machine,
     Out,
     Split,
@@ -44,7 +45,7 @@ _SPLIT, _SUBJECT, _MACHINE = Split(), Subject(), Machine()
 
 @app.default
 def generate(
-    folder: str = "dit",
+    folder: str = MODEL,
     /,
     *,
     split: Split = _SPLIT,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter, validators
 
-from stretto.cli.limits import check_threads
+from stretto.cli.limits import COUNT, check_threads
 from stretto.cli.whole import AT_LEAST_1, whole
 from stretto.cluster import detect
 from stretto.errors import ConfigError, PlanMismatch
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 SCHEDULES = {"tail": Tail, "parastep": Parastep, "fixed": Fixed, "adaptive": Adaptive}
 
 _Degree = Annotated[int | None, AT_LEAST_1]
-_Positive = Annotated[int, AT_LEAST_1]
+_Steps = Annotated[int, COUNT]
 _Seconds = Annotated[float, Parameter(validator=validators.Number(gt=0))]
 
 
@@ -53,6 +53,8 @@ def _folder(kind: Any, tokens: Sequence[Token]) -> Path:
     return Path(tokens[0].value)
 
 
+#: A folder of this name, as the present one may hold, does not stand in for the model.
+MODEL = "shipped:dit"
 #: The folder a command fills.
 Out = Annotated[Path, Parameter(name=("--out", "-o"), converter=_folder)]
 #: What torch takes as a seed; items of a batch take the next ones.
@@ -121,7 +123,7 @@ class Subject:
         Component that denoises, where stretto does not recognise it.
     """
 
-    steps: _Positive = 50
+    steps: _Steps = 50
     guidance_scale: Scale = None
     seed: Seed = 0
     prompt: str | None = None
@@ -165,7 +167,8 @@ def plan_of(split: Split) -> Plan | None:
             raise PlanMismatch(f"{split.plan} is a plan to {plan.kind}; needed is kind: generate")
         return plan
     if split.predictor is not None and split.predictor not in PREDICTORS:
-        raise PlanMismatch(_unknown("predictor", split.predictor, PREDICTORS))
+        problem = f"--predictor {split.predictor!r} is unknown"
+        raise PlanMismatch(_unknown(problem, split.predictor, PREDICTORS))
     windows = _windows(split.windows, split.depth)
     if split.step is None and split.cfg is None:
         if given:
@@ -188,13 +191,14 @@ def _windows(text: str | None, depth: int | None) -> Windows:
         return SCHEDULES[text]()
     if os.path.isfile(text):  # unlike Path.is_file, False for a name that is too long
         return Calibrated(file=str(Path(text).resolve()), depth=depth)
-    raise PlanMismatch(f"{_unknown('schedule', text, tuple(SCHEDULES))}; and no file has that name")
+    problem = f"--windows {text!r} is no schedule and no file"
+    raise PlanMismatch(_unknown(problem, text, tuple(SCHEDULES), ", or a calibration file"))
 
 
-def _unknown(what: str, name: str, known: tuple[str, ...]) -> str:
+def _unknown(problem: str, name: str, known: tuple[str, ...], besides: str = "") -> str:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{what} {name!r} is unknown: there are {', '.join(known)}{hint}"
+    return f"{problem}{hint}\n  to fix: one of {', '.join(known)}{besides}"
 
 
 def ranks_of(ranks: int | None, plan: Plan | None) -> int:

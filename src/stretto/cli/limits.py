@@ -1,13 +1,22 @@
-"""How many ranks and threads this machine can hold: checked before any of them starts."""
+"""How much a command takes on: checked before anything is started or reserved."""
 
 from __future__ import annotations
 
+from cyclopts import Parameter, validators
+
+from stretto.cli.whole import whole
 from stretto.cluster import detect
 from stretto.errors import ConfigError
 
 #: Memory that a rank has for itself, beside what ranks share: 49 MiB of dirty pages were seen with
 #: the shipped DiT (November 2026). More ranks than fit take the machine with them.
 RANK_BYTES = 48 * 2**20
+
+#: Schedulers are trained on about 1000 steps. A slip such as 1e9 would fill the memory with the
+#: noise grid, and the machine kills the process without a word.
+MOST_STEPS = 10_000
+#: What options that count denoising steps, or generations in turn, are annotated with.
+COUNT = Parameter(converter=whole, validator=validators.Number(gte=1, lte=MOST_STEPS))
 
 
 def check_ranks(ranks: int) -> None:

@@ -76,7 +76,7 @@ class Worker:
         """On this rank alone, with virtual ranks: a function from steps to what is generated."""
 
         def once(steps: int) -> Media:
-            with naming_arguments(self.pipe, self.job.call):
+            with self._naming(steps):
                 result = self.pipe(**self._arguments(steps))
             return media_of(self.pipe, result, self._call)
 
@@ -86,7 +86,7 @@ class Worker:
     def _generate(self, run: Run, stage: str) -> None:
         with self._under(run.plan) as attached, self._told(stage):
             began = time.perf_counter()
-            with naming_arguments(self.pipe, self.job.call):
+            with self._naming(run.steps):
                 result = self.pipe(**self._arguments(run.steps))
             self._synchronize()
             run.seconds.append(time.perf_counter() - began)
@@ -123,6 +123,10 @@ class Worker:
             else:
                 self._meshes[key] = init_mesh(plan, device=self.device, timeout_s=timeout_s)
         return self._meshes[key]
+
+    def _naming(self, steps: int) -> AbstractContextManager:
+        given = {**self.job.call, "num_inference_steps": steps}
+        return naming_arguments(self.pipe, given)
 
     def _arguments(self, steps: int) -> dict[str, Any]:
         arguments = {**self._call, "num_inference_steps": steps}
