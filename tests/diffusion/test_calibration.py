@@ -141,7 +141,7 @@ def test_each_difference_is_named_with_both_sides(pipe, grid, tmp_path, name, ot
     message = str(caught.value)
     assert f"{name}: {fingerprint(pipe)[name]} here, {other} in the file" in message
     assert message.count(" in the file") == 1
-    assert "stretto generate calibrate --degree 2 --steps 8" in message
+    assert "stretto generate calibrate FOLDER --degree 2 --steps 8" in message
 
 
 def test_all_differences_are_named_at_once(pipe, grid, file):

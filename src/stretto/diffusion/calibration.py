@@ -105,7 +105,7 @@ class Calibration(_Strict):
     @property
     def command(self) -> str:
         """What makes such a file anew."""
-        return f"stretto generate calibrate --degree {self.degree} --steps {self.steps}"
+        return f"stretto generate calibrate FOLDER --degree {self.degree} --steps {self.steps}"
 
     def entry(self, depth: int | None = None) -> Entry:
         """The plan at a depth, by default that of `Parastep()`. Raises PlanMismatch."""
@@ -182,7 +182,7 @@ def check(known: Calibration, steps: Steps, subject: Mapping[str, str], *, sourc
             f"{source} was calibrated for something else\n  "
             + "\n  ".join(lines)
             + "\n  why: windows and damping were measured on that, and mean nothing here\n"
-            f"  to fix: calibrate anew, stretto generate calibrate --degree {steps.degree} "
+            f"  to fix: calibrate anew, stretto generate calibrate FOLDER --degree {steps.degree} "
             f"--steps {known.steps}"
         )
 
