@@ -18,6 +18,7 @@ from stretto.testing.exactness import (
     DEGREES,
     Oracle,
     counted,
+    declared,
     emulated,
     on_ranks,
     oracle_is_exact,
@@ -111,8 +112,8 @@ def test_ranks_equal_the_emulation(label):
                 wrong.append(f"{name} rank {rank}: output")
             if mine["evaluations"] != virtual.evaluations or mine["structure_calls"]:
                 wrong.append(f"{name} rank {rank}: {mine['evaluations']} evaluations")
-            declared = mine["walk"] == "leader" or plan.cfg.degree > 1
-            if not declared and mine["traffic"] != mine["declared"]:
+            undeclared = mine["walk"] == "leader" or plan.cfg.degree > 1
+            if not undeclared and mine["traffic"] != mine["declared"]:
                 wrong.append(f"{name} rank {rank}: {mine['traffic']} != {mine['declared']}")
     assert not wrong
 
@@ -175,6 +176,39 @@ def test_a_shared_step_is_gathered_where_every_rank_has_a_part(degree, verbs):
         case.call(pipe)
     exact = [[lane for lane, _ in r.traffic if lane.phase == "exact"] for r in run.reports]
     assert [{lane.verb for lane in lanes} for lanes in exact] == verbs
+
+
+@pytest.mark.parametrize("degree", [2, 3])
+def test_bytes_of_shared_exact_steps(degree):
+    """Once the form of outputs is known the first step is shared too: counted is declared."""
+    case = ALL["sd15-ddim"]
+    pipe = case.pipeline()
+    with emulate(pipe, Plan(step=degree)) as run:
+        case.call(pipe)
+        case.call(pipe)
+    for rank, report in enumerate(run.reports):
+        raw_bytes = 2 * report.guided_bytes
+        assert report.traffic == declared(report, rank, raw_bytes=raw_bytes, chunks=2)
+
+
+def test_a_call_that_failed_leaves_ranks_alike():
+    """Otherwise one would share the first step of the next call and another evaluate it whole."""
+    case = ALL["sd15-ddim"]
+    pipe = case.pipeline()
+    plain, calls = pipe.unet.forward, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ArithmeticError("no such luck")
+        return plain(*args, **kwargs)
+
+    pipe.unet.forward = broken
+    with emulate(pipe, Plan(step=2), timeout_s=5) as run:
+        with pytest.raises(ArithmeticError):
+            case.call(pipe)
+        case.call(pipe)
+    assert [r.num_steps for r in run.reports] == [case.steps] * 2
 
 
 def test_branches_of_one_call_each():

@@ -169,6 +169,10 @@ class Emulation:
         self._once = Once() if self.reuse else None
         try:
             outcomes = world.run(lambda mesh: self._rank(mesh, inherited, original, args, kwargs))
+        except BaseException:
+            # Some ranks may have seen a form of call that others have not reached.
+            self._remembered.clear()
+            raise
         finally:
             self._once = None
             # Asked first: ranks that drew different latents fail for many reasons after that.

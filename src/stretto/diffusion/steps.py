@@ -158,7 +158,8 @@ class StepRun:
         if is_first and self.position == 0:
             self.port.read_grid()
             self._opening = exchange.opening(self.mesh.mesh, call.args, call.kwargs)
-            if self.mesh.size("cfg") > 1 or isinstance(self.mesh.mesh, LocalMesh):
+            exchanging = self.mesh.size("cfg") > 1 or self._shares_exact_steps
+            if exchanging or isinstance(self.mesh.mesh, LocalMesh):
                 # Their evaluations exchange tensors, which must be alike. Virtual ranks may share
                 # the memory of an output: nobody's turn comes between it and its use.
                 self._open()
@@ -258,7 +259,7 @@ class StepRun:
         if self._meeting and self._evaluates and self.window.size > 1:
             self.report.count(1, planned=True)
             return self._meeting.evaluate(call, self.window.start, self.window.size)
-        shared = self._is_planned and self.window.size == 1 and self._shares_exact_steps
+        shared = self.window.size == 1 and self._shares_exact_steps
         before = self.passes.count
         output = self.branches.evaluate(call, known, share_step=shared)
         self.report.count(self.passes.count - before, planned=self._evaluates)
