@@ -99,41 +99,6 @@ def test_an_interrupt_while_torch_is_imported_leaves_no_traceback(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-WAIT = """
-import signal, sys, types
-import stretto.cli.app as cli
-
-def wait():
-    print("waiting", flush=True)
-    signal.sigtimedwait(set(), 60)
-
-sys.modules["waiting"] = types.SimpleNamespace(wait=wait)
-cli.COMMANDS = {"wait": ("waiting:wait", "Wait.")}
-sys.argv = ["stretto", "wait"]
-sys.exit(cli.main())
-"""
-
-
-def test_an_interrupt_ends_a_command_that_a_script_put_into_the_background():
-    """A shell without job control starts `command &` with SIGINT ignored."""
-    with subprocess.Popen(
-        [sys.executable, "-c", WAIT],
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout
-        assert process.stdout.readline() == "waiting\n"
-        process.send_signal(signal.SIGINT)
-        try:
-            _, told = process.communicate(timeout=20)
-        finally:
-            process.kill()
-    assert told == "interrupted\n"
-    assert process.returncode == 130
-
-
 @pytest.mark.parametrize(
     "words",
     [

@@ -1,6 +1,7 @@
 """What would be silently wrong, hang or leak without a guard, each once."""
 
 import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -542,6 +543,26 @@ def copied_plainly(pipe, plain, attached):
     assert seen
     assert attached.report is before
     return result
+
+
+@pytest.mark.parametrize("way", [emulate, partial(parallelized, mesh=alone())])
+def test_a_shallow_copy_made_under_a_plan_is_a_plain_one(way):
+    pipe = DDIM.pipeline()
+    plain, kind = DDIM.call(pipe), type(pipe)
+    with way(pipe, Plan()) as attached:
+        other = copy.copy(pipe)
+        assert type(other) is kind
+        assert other.unet is pipe.unet
+        assert torch.equal(DDIM.call(other), plain)
+        assert attached.report is None
+
+
+@pytest.mark.parametrize("way", [emulate, partial(parallelized, mesh=alone())])
+def test_no_pickle_takes_a_pipeline_under_a_plan(way):
+    pipe = DDIM.pipeline()
+    with way(pipe, Plan()), pytest.raises(UnsupportedPipeline, match="leave the block first"):
+        pickle.dumps(pipe)
+    assert isinstance(pickle.loads(pickle.dumps(pipe)), type(pipe))
 
 
 @pytest.mark.parametrize("way", [emulate, partial(parallelized, mesh=alone())])

@@ -6,7 +6,6 @@ command line that does not parse; 130 interrupted by Ctrl-C.
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -54,8 +53,6 @@ def build() -> App:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (`sys.argv` by default) and return its exit code."""
     app = build()
-    if argv is None:
-        _heed_interrupts()
     try:
         return app(
             None if argv is None else list(argv),
@@ -73,16 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         abandon()
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def _heed_interrupts() -> None:
-    """End on SIGINT also as `stretto ... &` of a script, which the shell starts deaf to it.
-
-    Deaf, `kill -INT` would do nothing to a command of one process, and to one of several only
-    after they had been waited for.
-    """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _print_error(error: StrettoError) -> None:

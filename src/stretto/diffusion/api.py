@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stretto.diffusion.calibration import resolved
 from stretto.diffusion.deferred import Aside
-from stretto.diffusion.hooks import Attachment
+from stretto.diffusion.hooks import Attachment, under_a_plan
 from stretto.diffusion.inputs import check_mesh, check_pipeline, check_predictors, plan_in
 from stretto.diffusion.once import Once
 from stretto.diffusion.predict import Predictor
@@ -111,7 +111,7 @@ def emulate(
     ways = {"batched": batched, "reuse": reuse, "timeout_s": timeout_s}
     emulation = Emulation(pipe, chosen, denoiser, predictors, **ways)
 
-    class Emulated(plain):
+    class Emulated(under_a_plan(plain)):
         is_emulated = True
 
         @functools.wraps(plain.__call__)

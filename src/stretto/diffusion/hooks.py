@@ -195,7 +195,7 @@ class Attachment:
         """Swap the instance's class for one whose call opens and closes a run."""
         pipe, attachment, plain = self.pipe, self, type(self.pipe)
 
-        class Guarded(plain):
+        class Guarded(under_a_plan(plain)):
             @functools.wraps(plain.__call__)
             def __call__(self, *args: Any, **kwargs: Any) -> Any:
                 return attachment.call(plain.__call__, *args, **kwargs)
@@ -297,6 +297,24 @@ class Attachment:
             aside=self._aside,
             debug=self.debug,
         )
+
+
+def under_a_plan(plain: type) -> type:
+    """A pipeline's class under a plan: its shallow copies are plain, and no pickle takes it."""
+
+    class UnderAPlan(plain):
+        def __copy__(self) -> Any:
+            copied = plain.__new__(plain)
+            vars(copied).update(vars(self))
+            return copied
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            raise UnsupportedPipeline(
+                f"{plain.__name__} is pickled under a plan, whose hooks no pickle takes\n"
+                "  to fix: leave the block first, or use save_pretrained"
+            )
+
+    return UnderAPlan
 
 
 class SchedulerHook:

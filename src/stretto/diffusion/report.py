@@ -120,7 +120,8 @@ class Report:
         """The window's errors per position, equal on all ranks; 8 bytes per rank."""
         norms = self._own_errors.get(start + mesh.rank("step"))
         mine = _relative(*torch.stack(norms).tolist()) if norms else 0.0
-        parts = mesh.all_gather(torch.tensor([mine], dtype=torch.float64), "step", "adaptive")
+        told = torch.tensor([mine], dtype=torch.float64, device="cpu")
+        parts = mesh.all_gather(told, "step", "adaptive")
         return [float(part) for part in parts.wait()[:size]]
 
     def close(self, mesh: CountingMesh) -> None:
@@ -131,7 +132,7 @@ class Report:
             found = torch.stack([norm for norms in self._own_errors.values() for norm in norms])
             for position, norms in zip(self._own_errors, found.view(-1, 2).tolist(), strict=True):
                 own[position] = _relative(*norms)
-        told = torch.tensor(own, dtype=torch.float64)
+        told = torch.tensor(own, dtype=torch.float64, device="cpu")
         errors = [part.tolist() for part in mesh.all_gather(told, "step", "report").wait()]
         for window in self.windows:
             if window.size > 1 and self.walk == "replay":

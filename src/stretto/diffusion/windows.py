@@ -65,7 +65,8 @@ def _check_grid(grid: Sequence[float], noise: Sequence[float], degree: int) -> N
     if not grid:
         return
     here, there = len(noise) - 1, len(grid) - 1
-    fix = f"to fix: calibrate anew, stretto generate calibrate --degree {degree} --steps {here}"
+    command = f"stretto generate calibrate FOLDER --degree {degree} --steps {here}"
+    fix = f"to fix: calibrate anew, {command}"
     if here != there:
         raise PlanMismatch(
             f"steps: {here} in this generation, {there} in the calibration\n"
