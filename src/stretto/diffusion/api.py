@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stretto.diffusion.calibration import resolved
 from stretto.diffusion.deferred import Aside
-from stretto.diffusion.hooks import Attachment, under_a_plan
+from stretto.diffusion.hooks import Attachment, plain_copy, refuse_pickle
 from stretto.diffusion.inputs import check_mesh, check_pipeline, check_predictors, plan_in
 from stretto.diffusion.once import Once
 from stretto.diffusion.predict import Predictor
@@ -111,8 +111,10 @@ def emulate(
     ways = {"batched": batched, "reuse": reuse, "timeout_s": timeout_s}
     emulation = Emulation(pipe, chosen, denoiser, predictors, **ways)
 
-    class Emulated(under_a_plan(plain)):
+    class Emulated(plain):
         is_emulated = True
+        __copy__ = plain_copy
+        __reduce_ex__ = refuse_pickle
 
         @functools.wraps(plain.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:

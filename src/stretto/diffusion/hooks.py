@@ -195,13 +195,16 @@ class Attachment:
         """Swap the instance's class for one whose call opens and closes a run."""
         pipe, attachment, plain = self.pipe, self, type(self.pipe)
 
-        class Guarded(under_a_plan(plain)):
+        class Guarded(plain):
+            __copy__ = plain_copy
+            __reduce_ex__ = refuse_pickle
+
             @functools.wraps(plain.__call__)
             def __call__(self, *args: Any, **kwargs: Any) -> Any:
                 return attachment.call(plain.__call__, *args, **kwargs)
 
             def __deepcopy__(self, memo: dict) -> Any:
-                return attachment.plain_copy(memo)
+                return attachment.deep_copy(memo)
 
             @property
             def interrupt(self) -> bool:
@@ -214,7 +217,7 @@ class Attachment:
         pipe.__class__ = Guarded
         self._undo.append(lambda: setattr(pipe, "__class__", plain))
 
-    def plain_copy(self, memo: dict) -> Any:
+    def deep_copy(self, memo: dict) -> Any:
         """A deep copy of the pipeline without the plan. Raises UnsupportedPipeline, HookDisplaced.
 
         Hooks are off meanwhile: copied wrappers would run the original's modules and schedulers.
@@ -299,22 +302,20 @@ class Attachment:
         )
 
 
-def under_a_plan(plain: type) -> type:
-    """A pipeline's class under a plan: its shallow copies are plain, and no pickle takes it."""
+def plain_copy(pipe: Any) -> Any:
+    """A shallow copy of a pipeline under a plan, of its own class: it runs without the plan."""
+    plain: Any = type(pipe).__bases__[0]
+    copied = plain.__new__(plain)
+    vars(copied).update(vars(pipe))
+    return copied
 
-    class UnderAPlan(plain):
-        def __copy__(self) -> Any:
-            copied = plain.__new__(plain)
-            vars(copied).update(vars(self))
-            return copied
 
-        def __reduce_ex__(self, protocol: Any) -> Any:
-            raise UnsupportedPipeline(
-                f"{plain.__name__} is pickled under a plan, whose hooks no pickle takes\n"
-                "  to fix: leave the block first, or use save_pretrained"
-            )
-
-    return UnderAPlan
+def refuse_pickle(pipe: Any, protocol: Any) -> Any:
+    """In place of a pipeline's reduction while it is under a plan."""
+    raise UnsupportedPipeline(
+        f"{type(pipe).__name__} is pickled under a plan, whose hooks no pickle takes\n"
+        "  to fix: leave the block first, or use save_pretrained"
+    )
 
 
 class SchedulerHook:
