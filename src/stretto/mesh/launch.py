@@ -28,6 +28,7 @@ from typing import Any
 
 from stretto import errors
 from stretto.errors import LaunchError, MeshTimeout, RankLost, StrettoError
+from stretto.mesh.heap import keep_freed
 
 #: Tells the parent what this rank is doing: a stage, and optionally how far it is.
 Tell = Callable[..., None]
@@ -322,6 +323,7 @@ def _here(entry: Callable, args: tuple, threads: int, on_note: OnNote | None) ->
         if on_note:
             on_note(0, {"stage": stage, **more})
 
+    keep_freed()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -387,6 +389,7 @@ def _rank(job: _Job) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch
 
+    keep_freed()
     torch.set_num_threads(job.threads)
 
     def tell(stage: str, **more: Any) -> None:
