@@ -24,7 +24,7 @@ from stretto.workload.denoise import flow_noise
 from stretto.workload.model import read_workload
 from stretto.workload.train import Dtype, Training
 
-_Steps = Annotated[int | None, AT_LEAST_1]
+_Count = Annotated[int | None, AT_LEAST_1]
 #: Of one sequence, where --tokens does not say; as in `stretto plan train`.
 _TOKENS = 65536
 _Shift = Annotated[float | None, Parameter(validator=validators.Number(gt=0))]
@@ -33,13 +33,13 @@ _Shift = Annotated[float | None, Parameter(validator=validators.Number(gt=0))]
 def explain(
     plan: str,
     *,
-    ranks: _Steps = None,
+    ranks: _Count = None,
     workload: Path | None = None,
     model: str | None = None,
-    tokens: _Steps = None,
-    sequences: _Steps = None,
+    tokens: _Count = None,
+    sequences: _Count = None,
     dtype: Dtype | None = None,
-    window: _Steps = None,
+    window: _Count = None,
     cluster: str | None = None,
     diff: str | None = None,
     steps: Annotated[int | None, COUNT] = None,
