@@ -40,7 +40,7 @@ def begin(case: str, device: str, **more: Any) -> dict[str, Any]:
 
 
 def end(result: dict[str, Any]) -> None:
-    """Record the load at the end, whether other work kept the cores busy at the start, the end."""
+    """Record the load at the end; `busy`, whether half the cores were in the minute before."""
     result["load"]["after"] = load_now()
     result["complete"] = True
     result["busy"] = result["load"]["before"] > result["cores"] / 2

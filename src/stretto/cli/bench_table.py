@@ -20,7 +20,10 @@ def show(result: dict[str, Any], out: Path) -> None:
     load, cores = result["load"], result["cores"]
     lines.append(f"load average {load['before']:.1f} before, {load['after']:.1f} after")
     if result["busy"] and result["case"] not in ("exactness", "attention", "families"):
-        lines.append(f"other work kept these {cores} cores busy: do not quote the times")
+        lines.append(
+            f"more than half of these {cores} cores were busy in the minute before: quote no time "
+            "unless that work had ended"
+        )
     for line in lines:
         console.print(Text(line, style="dim"))
     console.print(Text(f"written: {out}"))

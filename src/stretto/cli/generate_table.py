@@ -128,7 +128,10 @@ def _remarks(result: dict[str, Any]) -> list[str]:
     load, cores = result["load"], result["cores"]
     lines.append(f"load average {load['before']:.1f} before, {load['after']:.1f} after")
     if not result["emulated"] and load["before"] > cores / 2:
-        lines.append(f"other work kept these {cores} cores busy: do not quote the times")
+        lines.append(
+            f"more than half of these {cores} cores were busy in the minute before: quote no time "
+            "unless that work had ended"
+        )
     return lines
 
 

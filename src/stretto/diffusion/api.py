@@ -21,6 +21,7 @@ from stretto.diffusion.once import Once
 from stretto.diffusion.predict import Predictor
 from stretto.diffusion.remembered import Remembered
 from stretto.diffusion.report import Report
+from stretto.diffusion.weights import check_weights
 from stretto.errors import PlanMismatch, UnsupportedPipeline
 from stretto.mesh.local import LocalMesh, LocalWorld
 from stretto.mesh.mesh import TIMEOUT_S, Mesh
@@ -46,8 +47,10 @@ def parallelized(
     methods of `predict.Predictor`. `debug` compares a hash of the latents at every window.
     Leaving restores the pipeline, also after an exception; two pipelines may be inside at once.
     Yields an Attachment: `.report` after a call, `.provisional` inside callbacks.
-    Raises ConfigError, PlanMismatch, UnsupportedPipeline before any call; in a call LatentsEdited,
-    SplitMismatch, IncompleteWindow, HookDisplaced, NonFinite, RanksDisagree, RankLost.
+    All ranks enter together: whether they hold the same denoisers is asked there, by a hash of some
+    elements of the weights. Raises ConfigError, PlanMismatch, UnsupportedPipeline, RanksDisagree
+    before any call; in a call LatentsEdited, SplitMismatch, IncompleteWindow, HookDisplaced,
+    NonFinite, RanksDisagree, RankLost.
     Source: ParaStep, NeurIPS 2025 (arXiv 2505.14741), section 3; classifier-free guidance over
     ranks as in xDiT (arXiv 2411.01738), section 3.
     """
@@ -63,7 +66,9 @@ def parallelized(
             f"the plan has {ours}, the mesh {theirs}; make the mesh with init_mesh(plan)"
         )
     options = {"denoiser": denoiser, "predictor": predictor, "debug": debug}
-    attachment = Attachment(pipe, chosen, mesh, **options).attach()
+    attachment = Attachment(pipe, chosen, mesh, **options)
+    check_weights(mesh, attachment.modules)
+    attachment.attach()
     try:
         yield attachment
     finally:

@@ -68,9 +68,9 @@ class Attachment:
         self._remembered = remembered or Remembered()
         self._undo: list[Callable[[], None]] = []
         self._in_place: list[Callable[[], bool]] = []
-        self._modules = denoisers_of(pipe, denoiser)
+        self.modules = denoisers_of(pipe, denoiser)
         if self.family.checked:
-            self._remembered.verified.update(self._modules)
+            self._remembered.verified.update(self.modules)
         self._refuse()
         self.port = SchedulerPort(pipe.scheduler)
 
@@ -83,7 +83,7 @@ class Attachment:
 
     def attach(self) -> Attachment:
         try:
-            for name, module in self._modules.items():
+            for name, module in self.modules.items():
                 self._wrap_module(name, module)
             self._wrap_scheduler()
             self._guard_call()
@@ -105,7 +105,7 @@ class Attachment:
                 f"{type(self.pipe).__name__} cannot take step={self.plan.step.degree}: "
                 f"{self.family.refused}; use Plan(cfg=...) alone"
             )
-        for name, module in self._modules.items():
+        for name, module in self.modules.items():
             if getattr(module, "is_cache_enabled", False):
                 raise UnsupportedPipeline(
                     f"{name} has a step cache enabled, which expects consecutive calls; "
