@@ -2,13 +2,14 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 
 from stretto.diffusion import naive
-from stretto.diffusion.api import emulate, parallelized
+from stretto.diffusion.api import _modes, emulate, parallelized
 from stretto.diffusion.denoise import NEVER_SPLIT, Denoise
 from stretto.errors import (
     IncompleteWindow,
@@ -386,6 +387,28 @@ def test_virtual_ranks_inherit_autocast():
         plain = DDIM.call(pipe)
         with emulate(pipe, Plan()):
             assert torch.equal(DDIM.call(pipe), plain)
+
+
+def test_virtual_ranks_inherit_the_stream_of_their_device(monkeypatch):
+    """Stand-ins are there for a GPU's streams."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("stream on", device.index))
+    monkeypatch.setattr(torch.cuda, "stream", lambda given: nullcontext(entered.append(given)))
+    for device in (torch.device("cuda", 1), torch.device("cpu")):
+        with _modes(device)():
+            pass
+    assert entered == [("stream on", 1), None]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_virtual_ranks_work_on_the_callers_stream(offloaded):
+    pipe, seen, stream = DDIM.pipeline(), [], torch.cuda.Stream()
+    pipe.enable_model_cpu_offload() if offloaded else pipe.to("cuda")
+    pipe.unet.register_forward_hook(lambda *_: seen.append(torch.cuda.current_stream()))
+    with torch.cuda.stream(stream), emulate(pipe, Plan()):
+        DDIM.call(pipe)
+    assert set(seen) == {stream}
 
 
 def test_virtual_ranks_inherit_inference_mode():

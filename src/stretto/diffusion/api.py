@@ -172,7 +172,8 @@ class Emulation:
         before = torch.get_rng_state()
         device = getattr(self.pipe, "device", "cpu")
         world = LocalWorld(self.plan.sizes, device=device, timeout_s=self.timeout_s)
-        inherited = _modes(torch.device(device).type)
+        # Offloaded modules are at rest elsewhere.
+        inherited = _modes(torch.device(getattr(self.pipe, "_execution_device", device)))
         self._once = Once() if self.reuse else None
         try:
             outcomes = world.run(lambda mesh: self._rank(mesh, inherited, original, args, kwargs))
@@ -262,16 +263,19 @@ def _own_generators(value: Any, copies: dict[int, torch.Generator]) -> Any:
     return value
 
 
-def _modes(device: str) -> Callable[[], ExitStack]:
-    """Enters the caller's autocast, gradient and inference modes, which threads do not inherit."""
-    autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+def _modes(device: torch.device) -> Callable[[], ExitStack]:
+    """Enters the caller's modes and, on a GPU, stream, which threads do not inherit."""
+    kind = device.type
+    autocast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    stream = torch.cuda.current_stream(device) if kind == "cuda" else None
 
     def enter() -> ExitStack:
         stack = ExitStack()
         stack.enter_context(torch.inference_mode(inference))
-        stack.enter_context(torch.autocast(device, dtype, enabled=autocast))
+        stack.enter_context(torch.autocast(kind, dtype, enabled=autocast))
         stack.enter_context(torch.set_grad_enabled(grad))
+        stack.enter_context(torch.cuda.stream(stream))  # None changes nothing
         return stack
 
     return enter
