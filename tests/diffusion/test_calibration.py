@@ -213,6 +213,7 @@ def test_another_noise_grid_is_refused_with_the_step_where_it_differs_most(pipe,
         ({"degree": None}, "degree: Input should be a valid integer"),
         ({"steps": 9}, "9 steps, but 9 noise fractions"),
         ({"frontier": [{**entry().model_dump(), "windows": "1 2"}]}, "windows cover 3 steps"),
+        ({"frontier": [{**entry().model_dump(), "depth": 4}]}, "of depth 4 has 5 windows"),
     ],
 )
 def test_a_file_that_is_no_calibration(pipe, file, change, message):

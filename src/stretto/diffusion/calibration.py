@@ -215,6 +215,14 @@ def _parse(fields: dict, source: str) -> Calibration:
         )
     for entry in known.frontier:
         search.check(entry.windows, known.steps, known.degree)
+        # Fewer are right: where errors are zero, a plan takes larger windows than it has to.
+        if len(entry.windows) > entry.depth:
+            raise PlanMismatch(
+                f"{source}: the entry of depth {entry.depth} has {len(entry.windows)} windows: "
+                f"{_joined(entry.windows)}\n"
+                "  why: windows follow one another, and depth is how many may\n"
+                f"  to fix: write it anew with {known.command}"
+            )
     return known
 
 
