@@ -310,6 +310,20 @@ def test_calls_that_learn_a_form_are_counted_apart(name):
     assert passes == [sum(map(sum, call)) for call in found]
 
 
+@pytest.mark.parametrize("plan", [Plan(cfg=2), Plan(step=2), Plan(step=2, cfg=2)], ids=str)
+def test_a_batch_held_against_the_whole_is_a_call_besides(plan):
+    pipe, seen = unknown(DDIM.pipeline()), []
+    with emulate(pipe, plan) as run:
+        for _ in range(2):
+            with counted(pipe) as passes:
+                DDIM.call(pipe)
+            seen.append([r.structure_calls for r in run.reports])
+            assert sum(passes.values()) == sum(
+                r.evaluations + r.structure_calls for r in run.reports
+            )
+    assert seen == [[1] * plan.world_size, [0] * plan.world_size]
+
+
 def test_the_length_of_an_earlier_call_is_forgotten():
     """A pipeline that keeps one may not set it anew in every call."""
     pipe = Pipeline("flow_prediction")

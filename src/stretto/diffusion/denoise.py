@@ -65,11 +65,11 @@ class Passes:
     """Forward passes of one rank: their number, and the check of batches that are cut.
 
     `verified` holds modules whose rows were found independent; others are checked at their first
-    cut, whole against cut.
+    cut, whole against cut. `checks` counts those passes, which no plan asks for.
     """
 
     def __init__(self, verified: set[str]):
-        self.count = 0
+        self.count = self.checks = 0
         self._verified = verified
 
     def make(self, call: Denoise) -> Any:
@@ -79,7 +79,10 @@ class Passes:
 
     def checked(self, call: Denoise, cut_output: Any) -> Any:
         """`cut_output`, held once per module against the whole call. Raises SplitMismatch."""
-        if call.module not in self._verified and check_split(call, cut_output):
+        if call.module in self._verified:
+            return cut_output
+        self.checks += 1
+        if check_split(call, cut_output):
             self._verified.add(call.module)
         return cut_output
 

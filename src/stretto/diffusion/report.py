@@ -31,7 +31,8 @@ class Report:
     """The numbers of one generation on this rank; `close` makes the errors those of all ranks.
 
     `evaluations`: denoiser calls that this rank's part of the plan asks for. `structure_calls`:
-    calls made besides, to learn the form of an output, the first time a form occurs.
+    calls made besides, to learn the form of an output, the first time a form occurs, or to hold a
+    batch that is cut for the first time against the whole.
     """
 
     def __init__(self, plan: Plan):

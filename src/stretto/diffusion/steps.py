@@ -260,9 +260,10 @@ class StepRun:
             self.report.count(1, planned=True)
             return self._meeting.evaluate(call, self.window.start, self.window.size)
         shared = self.window.size == 1 and self._shares_exact_steps
-        before = self.passes.count
+        before, checked = self.passes.count, self.passes.checks
         output = self.branches.evaluate(call, known, share_step=shared)
         self.report.count(self.passes.count - before, planned=self._evaluates)
+        self.report.count(self.passes.checks - checked, planned=False)
         return output
 
     def _exact(self, call: StepCall) -> Any:
