@@ -26,6 +26,7 @@ from stretto.mesh.local import LocalMesh, LocalWorld
 from stretto.plan.model import Plan
 from stretto.plan.options import Adaptive, Listed, Parastep, Steps, Tail
 from stretto.testing import models
+from stretto.testing.exactness import counted, declared
 from stretto.testing.ranks import run_ranks
 
 FLOW = models.CASES["sd3-flow"]
@@ -206,6 +207,39 @@ def test_timesteps_set_anew_inside_a_window():
 
     with emulate(pipe, plan), pytest.raises(IncompleteWindow, match="window of 3 steps"):
         DDIM.call(pipe, callback_on_step_end=regrid)
+
+
+@pytest.mark.parametrize("walk", ["replay", "leader"])
+def test_a_report_is_of_all_sections_of_a_call(walk):
+    """A pipeline may denoise one section after another, with timesteps set anew for each."""
+    pipe = DDIM.pipeline()
+    plain = type(pipe)
+
+    class Sections(plain):
+        def __call__(self, *args, **kwargs):
+            super().__call__(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
+
+    pipe.__class__ = Sections
+    sizes = (1, 2, 2, 2, 1)
+    plan = Plan(step=Steps(degree=2, windows=Listed(sizes=sizes), walk=walk))
+    with emulate(pipe, plan) as run:
+        DDIM.call(pipe)
+        with counted(pipe) as seen:
+            DDIM.call(pipe)
+        for rank, report in enumerate(run.reports):
+            assert (report.num_steps, report.sizes) == (16, 2 * sizes)
+            assert [w.start for w in report.windows] == [0, 1, 3, 5, 7, 8, 9, 11, 13, 15]
+            assert [w.discrepancy is not None for w in report.windows] == [
+                w.size > 1 and walk == "replay" for w in report.windows
+            ]
+            if walk == "replay":
+                sent = declared(report, rank, raw_bytes=2 * report.guided_bytes, chunks=2)
+                assert report.traffic == sent
+        assert sum(seen.values()) == sum(r.evaluations + r.structure_calls for r in run.reports)
+        first, second = run.report.windows[1:4], run.report.windows[6:9]
+        if walk == "replay":
+            assert all(w.discrepancy > 0 for w in (*first, *second))
 
 
 @pytest.mark.parametrize("strength", [0.3, 1.0])

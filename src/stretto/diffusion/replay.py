@@ -109,7 +109,7 @@ class Replay(Walk):
             return
         with self.run.deferred.aside(true, window.own_latents):
             error, scale = _norms(true, window.own_latents)
-        self.run.report.own_error(window.start + inside, error, scale)
+        self.run.report.own_error(self.run.earlier + window.start + inside, error, scale)
 
     def _header(self, like: Tensor) -> Header:
         run, first = self.run, self.run.window.calls[0].sample

@@ -30,6 +30,7 @@ class WindowRecord:
 class Report:
     """The numbers of one generation on this rank; `close` makes the errors those of all ranks.
 
+    Steps are numbered through, also where a pipeline sets its timesteps anew, section by section.
     `evaluations`: denoiser calls that this rank's part of the plan asks for. `structure_calls`:
     calls made besides, to learn the form of an output, the first time a form occurs, or to hold a
     batch that is cut for the first time against the whole.

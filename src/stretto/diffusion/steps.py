@@ -115,6 +115,9 @@ class StepRun:
         self._predictor = predictor
         self._meeting = meeting
         self._aside = aside or Aside()
+        self.report = Report(plan)
+        #: Steps of the sequences before this one: a pipeline may denoise section after section.
+        self.earlier = 0
         self._begin()
 
     def _begin(self) -> None:
@@ -122,10 +125,10 @@ class StepRun:
         damping = getattr(self.plan.step.windows, "damping", ())
         self.predictor = self._predictor or make_predictor(self.plan.step.guesses, damping)
         self.predictor.reset()
-        self.report = Report(self.plan)
         self.schedule: Schedule | None = None
         self.noise: list[float] = []
         self.walk = self._replay()
+        self.report.walk = self.walk.name
         self.handover = Handover(self.randomness)
         self.deferred = Deferred(self._aside)
         self.position = self._polled = 0
@@ -147,6 +150,7 @@ class StepRun:
     def reset(self) -> None:
         """The scheduler got a new grid: what follows is another sequence of steps."""
         self._refuse_open_window("the scheduler's timesteps were set anew")
+        self.earlier += self.position
         self._begin()
 
     def denoise(self, call: Denoise) -> Any:
@@ -214,14 +218,14 @@ class StepRun:
         """The pipeline returned: close the report. Raises IncompleteWindow."""
         self._refuse_open_window("the pipeline ended")
         self.deferred.finish()
-        self.report.num_steps = self.position
+        self.report.num_steps = self.earlier + self.position
         self.report.close(self.mesh)
         return self.report
 
     @property
     def has_begun(self) -> bool:
         """True from the first denoiser call on: peers may wait for this rank."""
-        return self.position > 0 or bool(self._call_counts)
+        return self.earlier + self.position > 0 or bool(self._call_counts)
 
     @property
     def provisional(self) -> bool:
@@ -373,14 +377,17 @@ class StepRun:
             self._is_warm = True
             self.mesh.allow(self.mesh.mesh.timeout_s / WARMING_UP)
         self.report.add(
-            WindowRecord(window.start, window.size, time.perf_counter() - window.opened_s)
+            WindowRecord(
+                self.earlier + window.start, window.size, time.perf_counter() - window.opened_s
+            )
         )
         if self.position >= len(self.noise) - 1:
             self.window = Window(window.index + 1, self.position, 1)
             return
         assert self.schedule is not None, "windows are planned after the first step"
         if self.schedule.is_adaptive and window.size > 1:
-            self._errors = self.report.shared_errors(self.mesh, window.start, window.size)
+            start = self.earlier + window.start
+            self._errors = self.report.shared_errors(self.mesh, start, window.size)
         size = self.schedule.size_at(window.index + 1, self.position, self._errors)
         self.window = Window(window.index + 1, self.position, size)
 
