@@ -53,6 +53,28 @@ def test_published_guesses_with_guidance_by_calls(name):
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("steps", [{3, 4}, {3, 4, 5}, {4, 5, 6, 7}], ids=str)
+def test_published_guesses_where_guidance_is_off_for_some_steps(steps):
+    """A batch of both branches and a call of one alternate; the second has one owner."""
+
+    def guide(pipe, i, t, tensors):
+        is_on = i + 1 not in steps
+        if is_on != pipe.do_classifier_free_guidance:
+            pipe._guidance_scale = 5.0 if is_on else 0.0
+            embeds = tensors["prompt_embeds"]
+            tensors["prompt_embeds"] = torch.cat([embeds - 1, embeds]) if is_on else embeds[1:]
+        return tensors
+
+    told = {"callback_on_step_end": guide, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    pipe, outputs = DDIM.pipeline(), []
+    for cfg in (1, 2):
+        with emulate(pipe, Plan(step=Steps(degree=2, windows=Parastep()), cfg=cfg)):
+            DDIM.call(pipe, **told)
+            outputs.append(DDIM.call(pipe, seed=1, **told))
+    one, two = outputs
+    assert (one - two).norm() <= 1e-5 * one.norm()
+
+
 @pytest.mark.parametrize("plan", [Plan(), Plan(cfg=2)], ids=str)
 def test_an_interrupt_without_windows(plan):
     pipe = DDIM.pipeline()

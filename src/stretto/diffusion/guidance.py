@@ -33,6 +33,7 @@ class Branches:
         self._calls = 0
         self._rows = 0
         self._is_batched = False
+        self._holds_whole_calls = False
         self._steps = 0
 
     def evaluate(self, call: Denoise, known: Any, *, share_step: bool) -> Any:
@@ -46,17 +47,25 @@ class Branches:
             return self._over_steps(call, known) if share_step else self.passes.make(call)
         self._calls = max(self._calls, call.index + 1)
         self._rows = call.batch
-        if self._takes_batch(call):
+        self.pass_over(call)
+        if not self._is_whole(call):
             self._is_batched = True
             return self._batch(call, known, share_step)
         if known is None:
             return self.passes.make(call)
         return self._whole_call(call, known)
 
+    def pass_over(self, call: Denoise) -> None:
+        """Note the form of a call for which a remembered output may stand in on this rank."""
+        self._holds_whole_calls = self._holds_whole_calls or self._is_whole(call)
+
     @property
     def holds_whole_calls(self) -> bool:
-        """Whether ranks > 0 of the group hold placeholders for some calls of this step."""
-        return self.mesh.size("cfg") > 1 and self._calls > 0 and not self._is_batched
+        """Whether ranks > 0 of the group hold placeholders for some calls of this step.
+
+        Of this step alone: a pipeline may guide in some of its steps only.
+        """
+        return self._holds_whole_calls
 
     def settle(self, guided: Tensor) -> Tensor:
         """The guided prediction of the group: that of its leader, where calls were distributed."""
@@ -75,11 +84,15 @@ class Branches:
         if self._steps == 0 and degree > 1 and not self._is_batched and self._calls < degree:
             raise SplitMismatch(_idle(degree, self._calls, self._rows))
         self._steps += 1
+        self._holds_whole_calls = False
 
     def _over_steps(self, call: Denoise, known: Any) -> Any:
         shared = exact.shared(call, known, self.mesh, self.passes)
         is_whole = chunks_of(call.batch, self.mesh.size("step")) == 1
         return shared if is_whole else self.passes.checked(call, shared)
+
+    def _is_whole(self, call: Denoise) -> bool:
+        return self.mesh.size("cfg") > 1 and call.splits and not self._takes_batch(call)
 
     def _takes_batch(self, call: Denoise) -> bool:
         if self.option.split == "calls":

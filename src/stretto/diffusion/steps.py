@@ -175,6 +175,7 @@ class StepRun:
         key = call.key
         known = self.remembered.get(key)
         if not self._evaluates and known is not None:
+            self.branches.pass_over(call)
             return known
         output = self._evaluate(call, known)
         self._own_memory.update(_memory(tensor) for tensor in tensors_of(output))
