@@ -437,6 +437,35 @@ def test_what_only_guessing_ranks_refuse_ends_the_waits_of_the_others():
     assert not any(usable for _, usable in (waiting, *raising))
 
 
+def breaking_in_its_text_encoder(mesh, ranks):
+    """Raises before any denoiser call, on some ranks or on all."""
+    pipe = DDIM.pipeline()
+
+    def broken(*args, **kwargs):
+        raise ArithmeticError("no such luck")
+
+    if mesh.world_rank in ranks:
+        pipe.encode_prompt = broken
+    with parallelized(pipe, Plan(step=2), mesh=mesh):
+        DDIM.call(pipe)
+
+
+@pytest.mark.ranks
+def test_a_rank_that_raises_before_its_first_call_ends_the_waits_of_the_others():
+    limits = {"timeout_s": 150, "mesh_timeout_s": 300}
+    waiting, raising = run_ranks(told, {"step": 2}, breaking_in_its_text_encoder, (1,), **limits)
+    assert raising == ("ArithmeticError: no such luck", False)
+    assert waiting[0].startswith("RankLost")
+    assert "rank 1 ended before it, ArithmeticError: no such luck" in waiting[0]
+
+
+@pytest.mark.ranks
+def test_what_all_ranks_raise_before_their_first_call_leaves_the_mesh_alone():
+    body = breaking_in_its_text_encoder
+    outcomes = run_ranks(told, {"step": 2}, body, (0, 1), timeout_s=150)
+    assert outcomes == [("ArithmeticError: no such luck", True)] * 2
+
+
 def unguided(mesh):
     """A pipeline whose batch of one cannot be cut in two."""
     pipe = DDIM.pipeline()

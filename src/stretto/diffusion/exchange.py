@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stretto.diffusion.deferred import Deferred, on_device, reading
 from stretto.diffusion.denoise import tensors_of
-from stretto.errors import NonFinite, RanksDisagree
+from stretto.errors import NonFinite, RankLost, RanksDisagree
 from stretto.mesh.mesh import Mesh
 from stretto.plan.options import HEADER_BYTES
 
@@ -23,6 +23,8 @@ _MAGIC = b"STRETTO1"
 _MAX_DIMS = 8
 #: magic, window start and size, number of dims, dtype and device names, hash, dims; last the rank.
 _LAYOUT = struct.Struct(f"<8sIII16s16s16s{_MAX_DIMS}QI")
+#: In front of what a rank says that does not come to the first denoiser call.
+_ABSENT = b"absent: "
 #: Bytes that are alike in the headers of all ranks.
 _ALIKE = _LAYOUT.size - 4
 
@@ -99,9 +101,10 @@ def gather(
 def opening(mesh: Mesh, *arguments: Any) -> Callable[[], None]:
     """A check of the tensors of a first denoiser call: ranks must not blend two pictures.
 
-    They are read now; the check compares them with the other ranks' and raises RanksDisagree. It
-    may be made while the call is evaluated: before it a GPU would stand idle for 1 ms. Takes the
-    mesh without its counter: what control costs is no part of a plan's bytes.
+    They are read now; the check compares them with the other ranks' and raises RanksDisagree, or
+    RankLost for a rank that was `absent`. It may be made while the call is evaluated: before it a
+    GPU would stand idle for 1 ms. Takes the mesh without its counter: what control costs is no part
+    of a plan's bytes.
     """
     if mesh.world_size == 1:
         return lambda: None
@@ -110,6 +113,9 @@ def opening(mesh: Mesh, *arguments: Any) -> Callable[[], None]:
     def check() -> None:
         own = digest(*read())
         for rank, seen in enumerate(mesh.gather_bytes(own)):
+            if seen.startswith(_ABSENT):
+                reason = seen.removeprefix(_ABSENT).decode(errors="replace")
+                raise RankLost(f"first denoiser call: rank {rank} ended before it, {reason}")
             if seen != own:
                 raise RanksDisagree(
                     f"first denoiser call: rank {rank} has inputs {seen.hex()[:8]}, rank "
@@ -118,6 +124,12 @@ def opening(mesh: Mesh, *arguments: Any) -> Callable[[], None]:
                 )
 
     return check
+
+
+def absent(mesh: Mesh, reason: str) -> bool:
+    """In place of an `opening`: tell the ranks that wait in theirs; whether all were absent too."""
+    said = mesh.gather_bytes(_ABSENT + reason.encode())
+    return all(seen.startswith(_ABSENT) for seen in said)
 
 
 def check_finite(prediction: Tensor, step: int, deferred: Deferred, *, rank: int) -> None:

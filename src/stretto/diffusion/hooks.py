@@ -7,6 +7,7 @@ what the pipeline passes, after offload and context-parallel hooks were register
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from stretto.diffusion import exchange
 from stretto.diffusion.adapters import SIDE_NETWORKS, denoisers_of, family_of
 from stretto.diffusion.batched import Meeting
 from stretto.diffusion.deferred import Aside
@@ -25,7 +27,14 @@ from stretto.diffusion.remembered import Remembered
 from stretto.diffusion.report import Report
 from stretto.diffusion.scheduler import SchedulerPort
 from stretto.diffusion.steps import StepRun
-from stretto.errors import ConfigError, HookDisplaced, LatentsEdited, UnsupportedPipeline
+from stretto.errors import (
+    ConfigError,
+    HookDisplaced,
+    LatentsEdited,
+    MeshTimeout,
+    RankLost,
+    UnsupportedPipeline,
+)
 from stretto.mesh.local import LocalMesh
 from stretto.mesh.mesh import WARMING_UP, Mesh
 from stretto.plan.model import Plan
@@ -274,15 +283,29 @@ class Attachment:
     def _leave_peers(self, error: BaseException) -> None:
         """Say why this rank ends; end the waits of the others, unless they end by themselves.
 
-        What a pipeline refuses before its first denoiser call, and what stretto refuses at all, it
-        refuses on every rank; the mesh then remains of use. Callbacks may edit on one rank alone.
+        What stretto refuses it refuses on every rank, and so does a pipeline before its first
+        denoiser call, mostly: ranks tell one another. The mesh then remains of use. Callbacks may
+        edit on one rank alone.
         """
         assert self._run is not None, "called while a run is on"
         reason = f"{type(error).__name__}: {error}"
         self.mesh.record(f"failed: {reason}")
         is_refusal = isinstance(error, ConfigError) and not isinstance(error, LatentsEdited)
-        if self.mesh.world_size > 1 and self._run.has_begun and not is_refusal:
+        is_alone = self._run.has_begun and not is_refusal
+        if not self._run.has_begun and not self._run.has_opened and isinstance(error, Exception):
+            is_alone = self._is_absent_alone(reason)
+        if self.mesh.world_size > 1 and is_alone:
             self.mesh.abort(f"step {self._run.position}: {reason}")
+
+    def _is_absent_alone(self, reason: str) -> bool:
+        """Tell ranks that may be at their first denoiser call; whether any is."""
+        if self.mesh.world_size == 1 or isinstance(self.mesh, LocalMesh):
+            # Virtual ranks hear of it when this one ends.
+            return False
+        with contextlib.suppress(RankLost, MeshTimeout):
+            # What this rank raises says more than what became of the others.
+            return not exchange.absent(self.mesh, reason)
+        return True
 
     def _new_run(self, randomness: Randomness) -> StepRun:
         pipe = self.pipe

@@ -134,6 +134,8 @@ class StepRun:
         self.position = self._polled = 0
         self.window = Window(0, 0, 1)
         self._opening: Callable[[], None] | None = None
+        #: Whether this rank has met the others at the first denoiser call.
+        self.has_opened = False
         self._call_counts: Counter[str] = Counter()
         #: Where the denoiser's outputs of this step lie.
         self._own_memory: set[int] = set()
@@ -189,6 +191,7 @@ class StepRun:
         """Make the check of the first call that is due, while the device evaluates it."""
         check, self._opening = self._opening, None
         if check is not None:
+            self.has_opened = True
             check()
 
     def poll_interrupt(self) -> bool:
