@@ -1,5 +1,6 @@
 """`emulate` and `parallelized` themselves: what they refuse, hand out and leave behind."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,11 @@ def test_an_emulated_pipeline_is_not_emulated_again():
         inner = emulate(pipe, Plan(cfg=2))
         with pytest.raises(UnsupportedPipeline, match="is inside emulate"):
             inner.__enter__()
+        # What the message proposes.
+        second = copy.copy(pipe)
+        with emulate(second, Plan(cfg=2)) as run:
+            DDIM.call(second)
+        assert run.report.plan == Plan(cfg=2)
 
 
 def test_an_emulation_hands_out_all_ranks_and_leaves_nothing_behind():

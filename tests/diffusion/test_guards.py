@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 from contextlib import nullcontext
 from functools import partial
 
@@ -590,6 +591,28 @@ def test_a_pipeline_called_by_its_own_callback_is_refused():
         with pytest.raises(UnsupportedPipeline, match="called inside its own call"):
             DDIM.call(pipe, callback_on_step_end=again)
         assert torch.equal(DDIM.call(pipe), plain)
+
+
+def test_an_emulated_pipeline_called_by_two_threads_is_refused():
+    """Ranks of one call would wait for what those of the other have come to know."""
+    pipe, said = DDIM.pipeline(), []
+
+    def call():
+        with pytest.raises(UnsupportedPipeline) as caught:
+            DDIM.call(pipe)
+        said.append(str(caught.value))
+
+    def beside(virtual, i, t, tensors):
+        if not said:
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+        return {}
+
+    with emulate(pipe, Plan(step=2)):
+        DDIM.call(pipe, callback_on_step_end=beside)
+        assert "by a callback or another thread" in said[0]
+        DDIM.call(pipe)
 
 
 def copied_plainly(pipe, plain, attached):

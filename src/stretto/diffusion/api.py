@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -102,7 +103,7 @@ def emulate(
         raise UnsupportedPipeline(
             f"{type(pipe).__name__} is inside emulate() already, whose plan would be followed; "
             "leave that block first, or make a second pipeline of the same modules: "
-            "type(pipe)(**pipe.components)"
+            "copy.copy(pipe)"
         )
     chosen = resolved(plan_in(plan), pipe, denoiser=denoiser)
     if predictors is not None:
@@ -161,6 +162,7 @@ class Emulation:
         self._remembered: dict[int, Remembered] = {}
         self._once: Once | None = None
         self._aside = Aside()
+        self._busy = threading.Lock()
 
     @property
     def report(self) -> Report | None:
@@ -168,7 +170,23 @@ class Emulation:
         return self.reports[0] if self.reports else None
 
     def call(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """The call on every virtual rank; rank 0's result, and its generators' final states."""
+        """The call on every virtual rank; rank 0's result, and its generators' final states.
+
+        Raises UnsupportedPipeline while another call is under way.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise UnsupportedPipeline(
+                f"{type(self.pipe).__name__} is called inside its own call, by a callback or "
+                "another thread\n"
+                "  why: its virtual ranks keep what they know of the pipeline between calls\n"
+                "  to fix: a pipeline of its own for each, copy.copy(pipe), in a block of its own"
+            )
+        try:
+            return self._call(original, args, kwargs)
+        finally:
+            self._busy.release()
+
+    def _call(self, original: Any, args: tuple, kwargs: dict) -> Any:
         before = torch.get_rng_state()
         device = getattr(self.pipe, "device", "cpu")
         world = LocalWorld(self.plan.sizes, device=device, timeout_s=self.timeout_s)
