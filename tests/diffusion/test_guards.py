@@ -145,6 +145,60 @@ def test_unlike_calls_are_named_before_ranks_exchange(plan, unlike):
         LocalWorld(plan.sizes, timeout_s=20).run(body)
 
 
+@pytest.mark.parametrize("plan", [Plan(cfg=2), Plan(step=2)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "unlike"),
+    [
+        ("sd15-ddim", {"guidance_scale": 3.0}),  # never reaches the denoiser
+        ("sd3-flow", {"num_inference_steps": 10}),  # begins at the same timestep
+        ("sd15-ddim", {"eta": 0.5}),
+    ],
+    ids=lambda value: str(value),
+)
+def test_numbers_that_differ_between_ranks_are_named(plan, name, unlike):
+    case = models.CASES[name]
+
+    def body(mesh):
+        pipe = case.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        with parallelized(pipe, plan, mesh=mesh):
+            with pytest.raises(RanksDisagree, match=f"{next(iter(unlike))}: rank 0 .* rank 1"):
+                case.call(pipe, **(unlike if mesh.world_rank else {}))
+            # Refused on every rank before anything was sent: the mesh is of use.
+            case.call(pipe, output_type="latent" if mesh.world_rank else "pt")
+
+    LocalWorld(plan.sizes, timeout_s=20).run(body)
+
+
+@pytest.mark.parametrize("plan", [Plan(cfg=2), Plan(step=2)], ids=str)
+def test_noise_grids_that_differ_between_ranks_are_refused(plan):
+    """They begin at one timestep; what lies between would be taken with two grids."""
+    case = models.CASES["sd3-flow"]
+
+    def body(mesh):
+        pipe = case.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler.set_shift(3.0 if mesh.world_rank else 1.0)
+        with parallelized(pipe, plan, mesh=mesh):
+            case.call(pipe)
+
+    with pytest.raises(RanksDisagree, match="timesteps"):
+        LocalWorld(plan.sizes, timeout_s=20).run(body)
+
+
+def test_plans_that_differ_between_ranks_are_named():
+    plans = [Plan(step=Steps(degree=2, windows=Fixed(warmup=w))) for w in (1, 3)]
+
+    def body(mesh):
+        pipe = DDIM.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        with parallelized(pipe, plans[mesh.world_rank], mesh=mesh):
+            DDIM.call(pipe)
+
+    with pytest.raises(RanksDisagree, match=r"the plan: rank 0 was given .*w1.* rank 1 .*w3"):
+        LocalWorld(plans[0].sizes, timeout_s=20).run(body)
+
+
 @pytest.mark.parametrize("debug", [True, False])
 def test_debug_compares_latents_at_every_window(debug):
     """Other weights on one rank: equal inputs, and latents that part at the first step."""

@@ -119,8 +119,8 @@ def opening(mesh: Mesh, *arguments: Any) -> Callable[[], None]:
             if seen != own:
                 raise RanksDisagree(
                     f"first denoiser call: rank {rank} has inputs {seen.hex()[:8]}, rank "
-                    f"{mesh.world_rank} {own.hex()[:8]} (hash of latents, timestep and "
-                    "embeddings); pass the same prompt, seed and sizes on every rank"
+                    f"{mesh.world_rank} {own.hex()[:8]} (hash of latents, embeddings and all "
+                    "timesteps); pass the same prompt, seed, sizes and scheduler on every rank"
                 )
 
     return check

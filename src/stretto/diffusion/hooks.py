@@ -20,6 +20,7 @@ from stretto.diffusion.adapters import SIDE_NETWORKS, denoisers_of, family_of
 from stretto.diffusion.batched import Meeting
 from stretto.diffusion.deferred import Aside
 from stretto.diffusion.denoise import NEVER_SPLIT, Denoise
+from stretto.diffusion.inputs import check_alike, numbers_of
 from stretto.diffusion.once import Once
 from stretto.diffusion.predict import Predictor
 from stretto.diffusion.randomness import Randomness
@@ -256,6 +257,7 @@ class Attachment:
         self._check_in_place()
         self._refuse()
         self._remembered.trim()
+        check_alike(self.mesh, self.plan, numbers_of(original, [self.pipe, *args], kwargs))
         generators = _generators([*args, *kwargs.values()])
         randomness = Randomness(generators, own_only=isinstance(self.mesh, LocalMesh))
         randomness.adopt(self.mesh)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 
-from stretto.errors import ConfigError, UnsupportedPipeline
+from stretto.errors import ConfigError, RanksDisagree, UnsupportedPipeline
 from stretto.mesh.mesh import Mesh
 from stretto.plan.io import read_plan
 from stretto.plan.model import Plan
 
 _PREDICTOR = ("reset", "append", "close_window", "guesses")
+#: Numbers of a call that shape what a rank gives back, and not the steps before it.
+_OF_THE_RESULT = ("return_dict", "decode_chunk_size")
 
 
 def plan_in(plan: Any) -> Plan:
@@ -65,3 +70,58 @@ def check_predictors(predictors: Any, ranks: int) -> None:
                 f"a {type(predictor).__name__} as predictor lacks {', '.join(missing)}; see "
                 "stretto.diffusion.predict.Predictor for what is asked of it"
             )
+
+
+def numbers_of(call: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers among a call's arguments, defaults included, by name.
+
+    None is none: it stands for a default that the pipeline finds, and another rank may name.
+    """
+    try:
+        bound = inspect.signature(call).bind(*args, **kwargs)
+        bound.apply_defaults()
+        named = bound.arguments
+    except TypeError:
+        # The call itself says so, of the argument that it cannot take.
+        named = dict(kwargs)
+    return {
+        name: _plain(value)
+        for name, value in named.items()
+        if name not in _OF_THE_RESULT and _is_number(value)
+    }
+
+
+def check_alike(mesh: Mesh, plan: Plan, numbers: Mapping[str, Any]) -> None:
+    """Raise RanksDisagree, on all ranks, for a plan or a number that is not the same on all.
+
+    A guidance scale never reaches the denoiser, and numbers of steps may begin alike: two pictures
+    would be blended, or messages of two sizes meet. Only what each rank has is compared.
+    """
+    if mesh.world_size == 1:
+        return
+    told = json.dumps({"the plan": repr(plan), **numbers}).encode()
+    ranks = [json.loads(seen) for seen in mesh.gather_bytes(told)]
+    for name in dict.fromkeys(name for seen in ranks for name in seen):
+        values = {rank: seen[name] for rank, seen in enumerate(ranks) if name in seen}
+        first = min(values)
+        other = next((rank for rank in values if values[rank] != values[first]), None)
+        if other is not None:
+            raise RanksDisagree(
+                f"{name}: rank {first} was given {values[first]}, rank {other} {values[other]}\n"
+                "  why: each rank takes all steps, with predictions of all ranks\n"
+                "  to fix: the same call under the same plan on every rank"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(item, Real) for item in value)
+    return isinstance(value, Real)
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON keeps, equal where the values are: 5 and 5.0 are one scale."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    number = float(value)
+    return str(int(number) if number.is_integer() else number)

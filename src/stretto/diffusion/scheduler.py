@@ -185,6 +185,12 @@ class SchedulerPort:
         grid = self._times.read(getattr(self.scheduler, "timesteps", None))
         self._levels = _sigmas(self.scheduler, grid)
 
+    def host_grid(self) -> list[Tensor]:
+        """Timesteps and noise levels on the host, as `read_grid` found them."""
+        assert self._levels is not None, "the grid was read"
+        times = self._times.read(getattr(self.scheduler, "timesteps", None))
+        return [times, torch.as_tensor(self._levels)]
+
     def position(self, timestep: Any) -> int:
         """Index in `scheduler.timesteps` of a step that was just taken at `timestep`."""
         index = getattr(self.scheduler, "step_index", None)

@@ -163,7 +163,8 @@ class StepRun:
             self.mesh.record(f"window {self.window.index}: evaluating step {self.position}")
         if is_first and self.position == 0:
             self.port.read_grid()
-            self._opening = exchange.opening(self.mesh.mesh, call.args, call.kwargs)
+            grid = self.port.host_grid()
+            self._opening = exchange.opening(self.mesh.mesh, call.args, call.kwargs, grid)
             exchanging = self.mesh.size("cfg") > 1 or self._shares_exact_steps
             if exchanging or isinstance(self.mesh.mesh, LocalMesh):
                 # Their evaluations exchange tensors, which must be alike. Virtual ranks may share
