@@ -305,6 +305,17 @@ def test_callbacks_are_told_what_is_provisional():
     expected = [False, True, True, False, False, True, False, False]
     assert LocalWorld(plan.sizes, timeout_s=20).run(body) == [expected] * 3
 
+    def watch(pipe, i, t, tensors):
+        seen.append((i, run.provisional))
+        return {}
+
+    pipe, seen = DDIM.pipeline(), []
+    with emulate(pipe, plan) as run:
+        DDIM.call(pipe, callback_on_step_end=watch)
+        assert not run.provisional
+    # Virtual ranks take turns, so that their steps are mixed.
+    assert sorted(seen) == sorted(list(enumerate(expected)) * 3)
+
 
 def test_calls_that_feed_one_another_are_refused():
     case = models.CASES["wan-flow"]

@@ -90,8 +90,9 @@ def emulate(
     """Like `parallelized`, with all ranks played in turn by this process, on one device.
 
     The same code decides the same things, so the result is bitwise that of real ranks on the same
-    kind of device; only the time is not. Yields an Emulation with `.report` (rank 0), and
-    `.reports` and `.results` of all ranks. `predictors`, one per rank, replace the plan's.
+    kind of device; only the time is not. Yields an Emulation with `.report` (rank 0), `.reports`
+    and `.results` of all ranks, and `.provisional` inside callbacks, which every rank calls.
+    `predictors`, one per rank, replace the plan's.
     `batched` evaluates each window as one forward pass on W times the rows, which is faster where
     launching kernels takes the time, and equal up to round-off (Plan.cfg must be 1).
     `reuse` makes evaluations that several ranks repeat on equal inputs only once: the same bits
@@ -163,6 +164,14 @@ class Emulation:
         self._once: Once | None = None
         self._aside = Aside()
         self._busy = threading.Lock()
+        #: A virtual rank is a thread: each finds its own attachment here.
+        self._here = threading.local()
+
+    @property
+    def provisional(self) -> bool:
+        """Inside a callback: True while the latents of the virtual rank that calls are guesses."""
+        attachment = getattr(self._here, "attachment", None)
+        return attachment is not None and attachment.provisional
 
     @property
     def report(self) -> Report | None:
@@ -234,10 +243,12 @@ class Emulation:
             once=self._once,
             aside=self._aside,
         ).attach()
+        self._here.attachment = attachment
         try:
             with inherited():
                 return attachment.call(original, *args, **kwargs), attachment.report
         finally:
+            del self._here.attachment
             attachment.detach()
 
     def _clone(self, rank: int) -> Any:
