@@ -217,6 +217,14 @@ def test_a_plan_to_train_is_refused(tmp_path, capsys):
     assert "plan to train; needed is kind: generate" in message.replace("\n", " ")
 
 
+@pytest.mark.parametrize("axis", [{"cp": 2}, {"dp": 2}], ids=str)
+def test_axes_that_no_generation_shares_are_refused(tmp_path, capsys, axis):
+    """Two ranks would generate the same picture, and be counted as a plan of twice the ranks."""
+    write_plan(Plan(step=2, **axis), tmp_path / "plan.yaml")
+    message = refused(capsys, "--plan", str(tmp_path / "plan.yaml"), out=tmp_path / "out")
+    assert "has {}={}, and a generation".format(*next(iter(axis.items()))) in message
+
+
 @pytest.mark.parametrize(
     ("asked", "ranks", "load", "threads"),
     [(None, 2, 0.0, 1), (None, 1, 0.2, 4), (None, 1, 1.8, 2), (None, 1, 9.0, 1), (3, 2, 9.0, 3)],

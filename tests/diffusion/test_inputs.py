@@ -3,7 +3,7 @@
 import pytest
 
 from stretto.diffusion.api import emulate, parallelized
-from stretto.errors import ConfigError, UnsupportedPipeline
+from stretto.errors import ConfigError, PlanMismatch, UnsupportedPipeline
 from stretto.mesh.local import LocalWorld
 from stretto.plan.model import Plan
 from stretto.testing import models
@@ -40,6 +40,11 @@ def test_what_is_no_plan(pipe, plan):
         emulate(pipe, plan).__enter__()
     with pytest.raises(ConfigError, match="no plan"):
         parallelized(pipe, plan, mesh=LocalWorld({}).mesh(0)).__enter__()
+
+
+def test_a_plan_to_train(pipe):
+    with pytest.raises(PlanMismatch, match="a plan to train for a pipeline"):
+        emulate(pipe, Plan(kind="train", cp=2)).__enter__()
 
 
 @pytest.mark.parametrize("other", [None, "model", "unet"])

@@ -165,6 +165,7 @@ def plan_of(split: Split) -> Plan | None:
         plan = read_plan(split.plan)
         if plan.kind != "generate":
             raise PlanMismatch(f"{split.plan} is a plan to {plan.kind}; needed is kind: generate")
+        _refuse_other_axes(split.plan, plan)
         return plan
     if split.predictor is not None and split.predictor not in PREDICTORS:
         problem = f"--predictor {split.predictor!r} is unknown"
@@ -177,6 +178,22 @@ def plan_of(split: Split) -> Plan | None:
     predictor = split.predictor or "damped"
     step = Steps(degree=split.step or 1, windows=windows, predictor=predictor)
     return Plan(step=step, cfg=Guidance(degree=split.cfg or 1))
+
+
+def _refuse_other_axes(file: Path, plan: Plan) -> None:
+    """Raise PlanMismatch for axes along which ranks of a generation would repeat one another."""
+    idle = [
+        f"{name}={option.degree}"
+        for name, option in (("dp", plan.dp), ("cp", plan.cp))
+        if option.degree > 1
+    ]
+    if idle:
+        raise PlanMismatch(
+            f"{file} has {', '.join(idle)}, and a generation is split by step and cfg\n"
+            "  why: ranks along other axes would all do the same work\n"
+            "  to fix: their ranks to step or cfg; long sequences are split from Python, by "
+            "stretto.parallelize on the transformer"
+        )
 
 
 def _windows(text: str | None, depth: int | None) -> Windows:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from stretto.errors import ConfigError, RanksDisagree, UnsupportedPipeline
+from stretto.errors import ConfigError, PlanMismatch, RanksDisagree, UnsupportedPipeline
 from stretto.mesh.mesh import Mesh
 from stretto.plan.io import read_plan
 from stretto.plan.model import Plan
@@ -22,15 +22,19 @@ _OF_THE_RESULT = ("return_dict", "decode_chunk_size")
 
 
 def plan_in(plan: Any) -> Plan:
-    """A plan, or that of a plan file. Raises ConfigError for anything else."""
-    if isinstance(plan, Plan):
-        return plan
-    if not isinstance(plan, (str, os.PathLike)):
+    """A plan, or that of a plan file. Raises ConfigError for anything else, or one to train."""
+    if not isinstance(plan, (Plan, str, os.PathLike)):
         raise ConfigError(
             f"{plan!r:.80} is a {type(plan).__name__}, no plan\n"
             "  to fix: stretto.Plan(step=2), or the path of a plan file"
         )
-    return read_plan(plan)
+    found = plan if isinstance(plan, Plan) else read_plan(plan)
+    if found.kind != "generate":
+        raise PlanMismatch(
+            f"a plan to {found.kind} for a pipeline; needed is kind: generate\n"
+            "  to fix: Plan(step=2); a model to train takes stretto.parallelize"
+        )
+    return found
 
 
 def check_mesh(mesh: Any) -> None:
