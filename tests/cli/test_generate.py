@@ -242,6 +242,14 @@ def test_output_that_cannot_be_written_is_known_before_anything_runs(tmp_path, c
     assert (tmp_path / "taken").read_text() == "kept"
 
 
+def test_a_predictor_beside_the_published_schedule_is_refused(tmp_path, capsys):
+    """It would be ignored: that schedule brings its own."""
+    options = ("--step", "2", "--windows", "parastep", "--predictor")
+    message = refused(capsys, *SMALL, *options, "taylor-1", "--emulate", out=tmp_path / "out")
+    assert message.startswith("PlanMismatch: --predictor taylor-1 with --windows parastep")
+    assert generate(*SMALL, *options, "own", "--emulate", out=tmp_path / "out") == 0
+
+
 def test_a_depth_that_no_windows_reach_is_refused(tmp_path, capsys):
     message = refused(
         capsys, *SMALL, "--step", "2", "--depth", "2", "--emulate", out=tmp_path / "out"

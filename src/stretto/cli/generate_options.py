@@ -170,6 +170,12 @@ def plan_of(split: Split) -> Plan | None:
     if split.predictor is not None and split.predictor not in PREDICTORS:
         problem = f"--predictor {split.predictor!r} is unknown"
         raise PlanMismatch(_unknown(problem, split.predictor, PREDICTORS))
+    if split.windows == "parastep" and split.predictor not in (None, "own"):
+        raise PlanMismatch(
+            f"--predictor {split.predictor} with --windows parastep\n"
+            "  why: the published schedule brings its own predictor\n"
+            "  to fix: leave one of them out, or take --windows tail or fixed"
+        )
     windows = _windows(split.windows, split.depth)
     if split.step is None and split.cfg is None:
         if given:
