@@ -175,6 +175,8 @@ def test_the_published_schedule_brings_its_predictor():
 def test_short_names():
     assert Steps(degree=4, windows=Tail(depth=9)).short() == "step4(tail d9, damped)"
     assert Steps(degree=2, windows=Parastep(warmup=3)).short() == "step2(parastep w3, own)"
+    # Its predictor is in the file.
+    assert Steps(degree=2, windows=Calibrated(file="my.yaml")).short() == "step2(calibrated)"
     assert Guidance(degree=2).short() == "cfg2"
     assert Guidance(degree=2, split="calls").short() == "cfg2(calls)"
 

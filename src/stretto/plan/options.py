@@ -243,6 +243,9 @@ class Steps:
             )
 
     def short(self) -> str:
+        if isinstance(self.windows, Calibrated):
+            # The file says how predictions are guessed.
+            return f"step{self.degree}({self.windows.short()})"
         return f"step{self.degree}({self.windows.short()}, {self.guesses})"
 
     @property
