@@ -115,3 +115,12 @@ def test_a_slip_of_the_exponent_is_refused_by_the_name_of_its_flag(words, capsys
     told = capsys.readouterr().err
     assert f"for {flag}" in told
     assert "10000" in told
+
+
+def test_a_reader_that_has_closed_ends_the_command_without_a_traceback():
+    """As `stretto doctor --json | head -1`."""
+    command = [sys.executable, "-m", "stretto.cli.app", "doctor", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (141, b"")

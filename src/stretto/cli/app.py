@@ -1,11 +1,14 @@
 """The `stretto` command: a table of commands, each imported only when called.
 
 Exit codes: 0 done; 1 a failed check or a bug (with traceback); 2 an error of the tree or a
-command line that does not parse; 130 interrupted by Ctrl-C.
+command line that does not parse; 130 interrupted by Ctrl-C;
+141 the reader of the output has closed it.
 """
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -54,22 +57,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (`sys.argv` by default) and return its exit code."""
     app = build()
     try:
-        return app(
+        code = app(
             None if argv is None else list(argv),
             exit_on_error=False,
             result_action="return_int_as_exit_code_else_zero",
         )
+        if sys.stdout:
+            sys.stdout.flush()
+        return code
     except CycloptsError:  # already printed by cyclopts, with the nearest valid name
         return 2
     except StrettoError as error:
         _print_error(error)
         return 2
+    except BrokenPipeError:
+        if not _is_output_closed():
+            raise
+        return 141
     except KeyboardInterrupt:
         from stretto.mesh.launch import abandon  # a clean run never needs it
 
         abandon()
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _is_output_closed() -> bool:
+    """Whether nobody reads on (`stretto doctor | head -1`); what is left then goes nowhere.
+
+    Pipes between ranks break too: the output is asked itself.
+    """
+    output = sys.stdout.fileno()
+    asked = select.poll()
+    asked.register(output, 0)
+    is_closed = bool(asked.poll(0))  # errors and hang-ups alone are told unasked
+    if is_closed:
+        # Python flushes once more at its end, and would say that it could not.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return is_closed
 
 
 def _print_error(error: StrettoError) -> None:
