@@ -9,11 +9,9 @@ docstrings and from the command line itself.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import io
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ from pathlib import Path
 from cyclopts import App
 from rendering import cells, targets
 from rendering.sections import SECTIONS, kind_of
+from rich.console import Console
 
 import stretto
 
@@ -32,7 +31,6 @@ BY_SCRIPT = "<!-- Written by docs/render.py: change the source, not this page. -
 
 def main(arguments: list[str]) -> int:
     """Write all pages, or compare them with what is on disk."""
-    os.environ["COLUMNS"] = "100"  # before the command line is asked for its help
     stale = []
     made = pages()
     for name, text in made.items():
@@ -201,11 +199,11 @@ def below(app: App, words: list[str]) -> Iterator[list[str]]:
 
 
 def help_of(words: list[str]) -> str:
-    """What `stretto WORDS --help` prints, without trailing blanks."""
-    from stretto.cli.app import main as command
+    """What `stretto WORDS --help` prints in a terminal of 100 columns, without trailing blanks."""
+    from stretto.cli.app import build
 
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert command([*words, "--help"]) == 0
+    out = io.StringIO()
+    build().help_print(words, console=Console(file=out, width=100))
     return "\n".join(line.rstrip() for line in out.getvalue().strip().splitlines())
 
 

@@ -98,8 +98,10 @@ def check(found, exact, base):
     """Compare out, lse, dq, dk, dv.
 
     In half precision the bound of lse is that of out, of which it is a relative error. Gradients
-    get the plain error once more for the rounding of the surrogate.
+    get the plain error once more for the rounding of the surrogate; in float32, where the plain
+    error of so few numbers is a draw itself, eight times (of 40 seeds the worst was 6.2).
     """
+    whole = found[0].dtype == torch.float32
     for name, x, b, r in zip(("out", "lse", "dq", "dk", "dv"), found, base, exact, strict=True):
         if name == "lse" and found[0].dtype in (torch.bfloat16, torch.float16):
             assert distance(x, r) <= torch.finfo(found[0].dtype).eps
@@ -108,7 +110,8 @@ def check(found, exact, base):
             peak = max(1.0, r[r.isfinite()].abs().max().item())
             assert distance(x, r) <= 8 * torch.finfo(x.dtype).eps * peak
         else:
-            assert_close(x, b, r, what=name, factor=3 if name.startswith("d") else 2)
+            factor = 2 if not name.startswith("d") else 8 if whole else 3
+            assert_close(x, b, r, what=name, factor=factor)
 
 
 @pytest.mark.parametrize("kind", ["full", "causal", "anticausal"])
