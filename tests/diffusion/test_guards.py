@@ -195,7 +195,7 @@ def test_plans_that_differ_between_ranks_are_named():
         with parallelized(pipe, plans[mesh.world_rank], mesh=mesh):
             DDIM.call(pipe)
 
-    with pytest.raises(RanksDisagree, match=r"the plan: rank 0 was given .*w1.* rank 1 .*w3"):
+    with pytest.raises(RanksDisagree, match=r"the plan: rank 0 has .*w1.* rank 1 .*w3"):
         LocalWorld(plans[0].sizes, timeout_s=20).run(body)
 
 

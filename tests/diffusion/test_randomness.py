@@ -29,5 +29,5 @@ def test_unlike_numbers_of_generators_are_refused():
     def adopt(mesh):
         Randomness([torch.Generator()] * (1 + mesh.world_rank), own_only=True).adopt(mesh)
 
-    with pytest.raises(RanksDisagree, match="rank 1 passed cpu,cpu"):
+    with pytest.raises(RanksDisagree, match="generators: rank 0 has cpu, rank 1 cpu,cpu"):
         LocalWorld(Plan(step=2).sizes).run(adopt)

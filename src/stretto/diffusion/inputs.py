@@ -99,21 +99,32 @@ def check_alike(mesh: Mesh, plan: Plan, numbers: Mapping[str, Any]) -> None:
     """Raise RanksDisagree, on all ranks, for a plan or a number that is not the same on all.
 
     A guidance scale never reaches the denoiser, and numbers of steps may begin alike: two pictures
-    would be blended, or messages of two sizes meet. Only what each rank has is compared.
+    would be blended, or messages of two sizes meet.
+    """
+    refuse_unlike(
+        mesh,
+        {"the plan": repr(plan), **numbers},
+        why="each rank takes all steps, with predictions of all ranks",
+        to_fix="the same call under the same plan on every rank",
+    )
+
+
+def refuse_unlike(mesh: Mesh, told: Mapping[str, Any], *, why: str, to_fix: str) -> None:
+    """Raise RanksDisagree, on all ranks, for a name of which two ranks tell unlike values.
+
+    Values are what JSON keeps. Ranks that do not tell of a name are not compared.
     """
     if mesh.world_size == 1:
         return
-    told = json.dumps({"the plan": repr(plan), **numbers}).encode()
-    ranks = [json.loads(seen) for seen in mesh.gather_bytes(told)]
+    ranks = [json.loads(seen) for seen in mesh.gather_bytes(json.dumps(told).encode())]
     for name in dict.fromkeys(name for seen in ranks for name in seen):
         values = {rank: seen[name] for rank, seen in enumerate(ranks) if name in seen}
         first = min(values)
         other = next((rank for rank in values if values[rank] != values[first]), None)
         if other is not None:
             raise RanksDisagree(
-                f"{name}: rank {first} was given {values[first]}, rank {other} {values[other]}\n"
-                "  why: each rank takes all steps, with predictions of all ranks\n"
-                "  to fix: the same call under the same plan on every rank"
+                f"{name}: rank {first} has {values[first]}, rank {other} {values[other]}\n"
+                f"  why: {why}\n  to fix: {to_fix}"
             )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stretto.errors import RanksDisagree
+from stretto.diffusion.inputs import refuse_unlike
 from stretto.mesh.mesh import Mesh
 
 
@@ -54,12 +54,12 @@ class Randomness:
         if mesh.world_size == 1:
             return
         kinds = ",".join(g.device.type for g in self._generators) or "default"
-        for rank, seen in enumerate(mesh.gather_bytes(kinds.encode())):
-            if seen.decode() != kinds:
-                raise RanksDisagree(
-                    f"generators: rank {rank} passed {seen.decode()}, rank {mesh.world_rank} "
-                    f"passed {kinds}; pass generators of one kind on every rank"
-                )
+        refuse_unlike(
+            mesh,
+            {"generators": kinds},
+            why="all ranks take over the states of rank 0's",
+            to_fix="pass generators of one kind on every rank",
+        )
         data = mesh.broadcast_bytes(_packed(self.snapshot()))
         if mesh.world_rank:
             self.restore(_unpacked(data))

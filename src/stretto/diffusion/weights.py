@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,14 +10,12 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from stretto.diffusion.exchange import digest
-from stretto.errors import RanksDisagree
+from stretto.diffusion.inputs import refuse_unlike
 from stretto.mesh.mesh import Mesh
 
 #: How many parameters are read, and elements along each of their dimensions. Two trainings part in
 #: all elements; to read all parameters of a large model takes 0.1 s.
 _PARAMETERS, _ELEMENTS = 128, 4
-#: In place of a hash where weights cannot be read: they are not compared.
-_UNKNOWN = "unknown"
 
 
 def check_weights(mesh: Mesh, modules: Mapping[str, Module]) -> None:
@@ -29,34 +26,25 @@ def check_weights(mesh: Mesh, modules: Mapping[str, Module]) -> None:
     """
     if mesh.world_size == 1:
         return
-    own = {name: hash_of(module) for name, module in modules.items()}
-    seen = [json.loads(each) for each in mesh.gather_bytes(json.dumps(own).encode())]
-    for name in sorted(set().union(*seen)):
-        _refuse_unlike(name, [each.get(name, "none") for each in seen])
+    hashes = {f"weights of {name} (hash)": hash_of(module) for name, module in modules.items()}
+    refuse_unlike(
+        mesh,
+        {"denoisers": ", ".join(modules), **{k: found for k, found in hashes.items() if found}},
+        why="one generation would be made of two models' steps",
+        to_fix="load the same files and adapters on every rank; where weights are drawn, call "
+        "torch.manual_seed first",
+    )
 
 
-def hash_of(module: Module) -> str:
-    """Of the names and forms of all parameters, and of what some elements are."""
+def hash_of(module: Module) -> str | None:
+    """Of the names and forms of all parameters, and of some elements; None if unreadable."""
     parameters = dict(module.named_parameters())
     chosen = list(parameters.values())[:: -(-len(parameters) // _PARAMETERS) or 1]
     if _is_group_offloaded(module) or not all(map(_is_readable, chosen)):
-        return _UNKNOWN
+        return None
     forms = [(name, str(p.dtype), tuple(p.shape)) for name, p in parameters.items()]
     written = torch.frombuffer(bytearray(repr(forms).encode()), dtype=torch.uint8)
     return digest(written, *map(_sample, chosen)).hex()
-
-
-def _refuse_unlike(name: str, hashes: Sequence[str]) -> None:
-    firsts = {seen: hashes.index(seen) for seen in hashes if seen != _UNKNOWN}
-    if len(firsts) > 1:
-        (one, first), (other, second) = list(firsts.items())[:2]
-        raise RanksDisagree(
-            f"{name}: rank {first} has weights {one[:8]}, rank {second} {other[:8]} (hash of some "
-            "elements of the parameters)\n"
-            "  why: one generation would be made of two models' steps\n"
-            "  to fix: load the same files and adapters on every rank; where weights are drawn, "
-            "call torch.manual_seed first"
-        )
 
 
 def _is_readable(parameter: Parameter) -> bool:
