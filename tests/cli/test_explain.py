@@ -39,7 +39,7 @@ def test_a_plan_alone(files, capsys):
 def test_windows_and_bytes_without_a_cluster(files, capsys):
     argv = [files[0], "--steps", "20", "--shift", "3", "--guided-bytes", "1 kB"]
     _, out, _ = run(capsys, *argv)
-    assert "windows for 20 steps: 1 2 4" in out
+    assert "windows for 20 steps: 1 2 3" in out
     found = json.loads(run(capsys, *argv, "--json")[1])["plans"][0]
     sizes = tuple(found["windows"])
     declared = [read_plan(files[0]).step.wire(StepsCase(sizes, r, 1000)).total() for r in range(4)]

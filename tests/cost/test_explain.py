@@ -28,7 +28,7 @@ def test_phases_hops_and_the_limit():
     assert "axis step: 4 ranks, within n, 1 GB/s, 10 us a hop" in text
     assert "projected from a projected cluster" in text
     assert "memory: not known" in text
-    assert "17 windows: 1 2" in text
+    assert "17 windows: 1 1 1 2 2 3" in text
 
 
 def test_a_slow_link_is_called_so():

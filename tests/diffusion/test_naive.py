@@ -194,13 +194,13 @@ def test_velocity_linear_in_noise_is_guessed_exactly_once_fitted():
 def test_tail_beats_the_published_schedule_on_the_mixture(problem):
     noise, denoise, step, x = problem
     expected = naive.sequential(denoise, step, x, 20)
-    for degree in (2, 4):
+    for degree, times in ((2, 1.5), (4, 9), (8, 70)):
         depth = search.default_depth(20, degree)
         plan = search.tail(noise, degree, depth)
         ours = naive.replay(denoise, step, x, plan, noise, naive.damped)
         theirs = naive.published(denoise, step, x, 20, degree, 5)
         assert len(search.published(20, degree, 5)) == depth
-        assert 0 < distance(ours, expected) < distance(theirs, expected) / 2
+        assert 0 < distance(ours, expected) < distance(theirs, expected) / times
 
 
 @pytest.mark.parametrize(("guess", "order"), [(naive.repeat, 2), (naive.damped, 3)])

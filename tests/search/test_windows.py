@@ -106,8 +106,8 @@ def test_default_depth_is_that_of_the_published_schedule():
 @pytest.mark.parametrize(
     ("noise", "expected"),
     [
-        (flow_noise(50, 3), "1 4 8 8 8 8 5 3 2 2 1"),
-        (karras_noise(50), "1 6 8 8 4 3 3 3 3 4 7"),
+        (flow_noise(50, 3), "1 3 5 7 7 7 6 5 4 3 2"),
+        (karras_noise(50), "1 8 7 5 4 3 3 3 3 5 8"),
     ],
     ids=["shift-3", "karras"],
 )
@@ -118,12 +118,12 @@ def test_tail_gives_the_documented_plans(noise, expected):
 
 def test_tail_cost_by_hand():
     noise = [1.0, 0.9, 0.5, 0.3, 0.0]
-    # Step * reach * (reach / 2 + the known step 0.1) / noise, for the two guessed positions; and
-    # one step is known, so windows of 2 and 3 reach 2 and 3 times as far as there is history.
-    first, second = 0.2 * 0.4 * (0.2 + 0.1) / 0.5, 0.3 * 0.6 * (0.3 + 0.1) / 0.3
+    # Step * reach * (reach / 2 + the known step 0.1) / noise / signal^2, for two guessed positions.
+    first = 0.2 * 0.4 * (0.2 + 0.1) / 0.5 / 0.5**2
+    second = 0.3 * 0.6 * (0.3 + 0.1) / 0.3 / 0.7**2
     assert search.tail_cost(noise, 1, 1) == 0
-    assert search.tail_cost(noise, 1, 2) == pytest.approx(first**2 * 2**8, rel=1e-12)
-    assert search.tail_cost(noise, 1, 3) == pytest.approx((first + second) ** 2 * 3**8, rel=1e-12)
+    assert search.tail_cost(noise, 1, 2) == pytest.approx(first**2, rel=1e-12)
+    assert search.tail_cost(noise, 1, 3) == pytest.approx((first + second) ** 2, rel=1e-12)
 
 
 def test_windows_within_the_history_are_trusted():
@@ -131,9 +131,20 @@ def test_windows_within_the_history_are_trusted():
     assert search.distrust(4, 8) == 2.0**8
 
 
-def test_tail_cost_stays_finite_where_the_noise_ends_early():
+def test_tail_cost_stays_finite_at_both_ends():
     assert search.tail_cost([1.0, 0.5, 0.0, 0.0], 1, 2) == 0.0
-    assert search.tail_cost([1.0, 0.5, 0.0, 0.25], 1, 2) == pytest.approx((125 * 0.75) ** 2 * 2**8)
+    assert search.tail_cost([1.0, 0.5, 0.0, 0.25], 1, 2) == pytest.approx((125 * 0.75) ** 2)
+    # All noise: nothing of the picture is there, and one part in a thousand is counted.
+    assert search.tail_cost([0.75, 0.5, 1.0, 0.5], 1, 2) == pytest.approx((125_000 * 1.0) ** 2)
+
+
+def test_exact_steps_go_to_both_ends():
+    """Where little signal or little noise is left, windows are smaller than between."""
+    for shift in (1, 3):
+        sizes = search.tail(flow_noise(50, shift), 8)
+        first, last, most = sizes[1], sizes[-1], max(sizes)
+        assert first < most
+        assert last < most
 
 
 @given(small_cases())

@@ -86,8 +86,10 @@ class Parastep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tail:
-    """Exact steps where the noise is low, chosen by a dynamic programme over the noise grid.
+    """Small windows where little noise or little signal is left, chosen from the noise grid alone.
 
+    A dynamic programme of least expected error; the name is from its first form, which put exact
+    steps last.
     `depth` is the number of sequential denoiser evaluations; None is that of `Parastep()`, so
     that both can be compared at equal cost. Needs no calibration. Raises PlanMismatch.
     """

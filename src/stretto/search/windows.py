@@ -14,10 +14,11 @@ from fractions import Fraction
 
 from stretto.errors import PlanMismatch
 
-# Below this noise fraction the 1/s gain of the network is no longer believed (design brief 4.2).
-# 4 left the first window of the shipped models at 7 or 8 steps, 8 brings it to 4 or 6.
+# Power of `distrust`: 4 left the first window of the shipped models at 7 or 8 steps, 8 brings it
+# to 4 or 6.
 _DISTRUST = 8
-_LEAST_NOISE = 1e-3
+# Below these fractions of noise and of signal the gains 1 / s and 1 / (1 - s)^2 are not believed.
+_LEAST = 1e-3
 
 StepCost = Callable[[int, int], float]
 WindowCost = Callable[[int], Fraction | int]
@@ -71,9 +72,9 @@ def tail_cost(noise: Sequence[float], start: int, size: int) -> float:
     """Relative squared error that a window of `size` steps at `start` is expected to add.
 
     noise holds the noise fractions s_0..s_N in [0, 1] of the N steps and of the final latents.
-    Guess error (second order in s) times network gain (about 1/s) times step, summed over the
-    guessed positions and squared, times `distrust`; 0 for an exact step. start >= 1 where
-    size > 1. Source: design brief of step parallelism, section 4.2.
+    Guess error (second order in s) times step, weighed by `gain`, summed over the guessed
+    positions and squared; 0 for an exact step. start >= 1 where size > 1.
+    Source: design brief of step parallelism, section 4.2, but for the gain.
     """
     if size == 1:
         return 0.0
@@ -83,15 +84,26 @@ def tail_cost(noise: Sequence[float], start: int, size: int) -> float:
     for position in range(start + 1, start + size):
         step = abs(noise[position + 1] - noise[position])
         reach = abs(noise[position] - noise[start])
-        error += step * reach * (reach / 2 + known) / max(noise[position], _LEAST_NOISE)
-    return error * error * distrust(start, size)
+        error += step * reach * (reach / 2 + known) * gain(noise[position])
+    return error * error
+
+
+def gain(noise: float) -> float:
+    """What an error of the latents at this noise fraction s does to the result: 1 / (s (1 - s)^2).
+
+    The network's answer to it is about 1/s of it. And where 1 - s, the part of the picture in the
+    latents, is small, small errors decide which picture is made: the square was found by
+    measurement, on three models and eight grids (docs/log.md).
+    """
+    return 1 / (max(noise, _LEAST) * max(1 - noise, _LEAST) ** 2)
 
 
 def distrust(start: int, size: int) -> float:
-    """Factor on the cost of a window that reaches further ahead than there is history behind.
+    """Factor on a *measured* error of a window that reaches further ahead than its history.
 
     Local errors of early windows look small and decide what the picture becomes: on the shipped
     DiT, p = 8, windows `1 8 8 ..` gave one picture in six a different garment (docs/log.md).
+    The analytic `tail_cost` knows early windows by `gain`.
     """
     return max(1.0, size / start) ** _DISTRUST
 
