@@ -150,7 +150,8 @@ def _check_finite(largest: float, step: int, rank: int) -> None:
     if not math.isfinite(largest):
         raise NonFinite(
             f"step rank {rank}: the prediction of step {step} holds NaN or infinity; use a "
-            "smaller guidance scale, or bfloat16 or float32 where it is float16"
+            "smaller guidance scale, or bfloat16 or float32 where it is float16; of UniPC also "
+            "timesteps or sigmas that do not fall"
         )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stretto.diffusion.kept import Kept, Watched, version_of
 from stretto.diffusion.levels import Twins
+from stretto.diffusion.solves import Solves
 from stretto.errors import UnsupportedPipeline
 
 #: Prediction types whose relation to flow velocity is known.
@@ -75,6 +76,7 @@ class SchedulerPort:
         self._kept: dict[int, Kept] = {}
         self._times = HostTimes()
         self._twins = Twins()
+        self._solves = Solves(scheduler)
         self._levels: np.ndarray | None = None
 
     def bind(self, *args: Any, **kwargs: Any) -> StepCall:
@@ -110,25 +112,31 @@ class SchedulerPort:
         return self._last_result
 
     def _stepped(self, call: StepCall) -> Any:
-        """A step during which the scheduler has grids that make the host wait for nobody."""
+        """A step during which the scheduler has what makes the host wait for nobody."""
         own, lent = vars(self.scheduler), self._lent(call)
-        kept = {name: own[name] for name in lent}
+        kept = {name: own[name] for name in lent if name in own}
         own.update(lent)
         try:
             return self._step(**call.named)
         finally:
-            own.update({name: kept[name] for name in lent if own.get(name) is lent[name]})
+            # What the step itself has put there stays.
+            for name in [name for name in lent if own.get(name) is lent[name]]:
+                if name in kept:
+                    own[name] = kept[name]
+                else:
+                    del own[name]
 
     def _lent(self, call: StepCall) -> dict[str, Any]:
-        """Stand-ins for grids, of the same values.
+        """Stand-ins with which a step has the same bits.
 
-        They are for levels, if the step sends them to the latents' device, and for timesteps on a
-        device, in which a scheduler looks its first step up.
+        They are for levels, if the step sends them to the latents' device, for timesteps on a
+        device, in which a scheduler looks its first step up, and for methods that solve there.
         """
         own, found = vars(self.scheduler), {}
         levels = self._twins.of(own.get("sigmas"), call.sample.device)
         if levels is not None:
             found["sigmas"] = levels
+        found.update(self._solves.on(call.sample.device))
         grid = own.get("timesteps")
         is_first = getattr(self.scheduler, "step_index", 0) is None
         if is_first and isinstance(grid, Tensor) and not _is_on_device(call.named.get("timestep")):
@@ -175,6 +183,14 @@ class SchedulerPort:
 
     def _own(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self.scheduler).items() if k not in WRAPPED}
+
+    def begin(self) -> None:
+        """A call of the pipeline begins."""
+        self._solves.forget()
+
+    def finish(self) -> None:
+        """It ended. Raises torch.linalg.LinAlgError for what a step could not solve."""
+        self._solves.check()
 
     def read_grid(self) -> None:
         """Fetch timesteps and noise levels to the host, before work is queued they would wait for.

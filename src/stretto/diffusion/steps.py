@@ -103,6 +103,7 @@ class StepRun:
         self.plan = plan
         self.mesh = CountingMesh(mesh)
         self.port = port
+        port.begin()
         self.passes = Passes(remembered.verified)
         self.branches = Branches(plan.cfg, self.mesh, self.passes)
         self.remembered = remembered
@@ -220,8 +221,12 @@ class StepRun:
         return result
 
     def finish(self) -> Report:
-        """The pipeline returned: close the report. Raises IncompleteWindow."""
+        """The pipeline returned: close the report.
+
+        Raises IncompleteWindow, and torch.linalg.LinAlgError for a singular matrix.
+        """
         self._refuse_open_window("the pipeline ended")
+        self.port.finish()
         self.deferred.finish()
         self.report.num_steps = self.earlier + self.position
         self.report.close(self.mesh)
