@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 EXTRAS ?= dev,diffusion,gpu,plots,interpret
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --durations=5
+# A test of the plain lane is one process: as many side by side as there are cores.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
 # Bytecode stays on: importing torch without it takes several times as long, in every rank.
 unexport PYTHONDONTWRITEBYTECODE
@@ -24,7 +26,7 @@ demo:
 
 # pytest exits 5 when a lane holds no test: that fails here too.
 test:
-	$(PYTEST) -m 'not ranks and not slow and not gpu'
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m 'not ranks and not slow and not gpu'
 	$(PYTEST) -m 'ranks and not slow and not gpu'
 
 lint:

@@ -119,7 +119,8 @@ def test_files_of_an_earlier_run_are_named(tmp_path, capsys):
     assert generate("--classes", "1,7", *BRIEF, out=tmp_path) == 0
     assert "also holds" not in capsys.readouterr().out
     assert generate("--classes", "1", *BRIEF, out=tmp_path) == 0
-    assert "also holds 001.png, grid.png, not of this run" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "also holds 001.png, grid.png, not of this run" in printed
 
 
 # ---- what is refused -------------------------------------------------------------------------

@@ -30,7 +30,9 @@ def test_what_is_no_mesh_is_named(given):
         stretto.shard(IDS, given, ONE)
 
 
-@pytest.mark.parametrize("given", ["llama", None, SelfAttention, object()], ids=repr)
+@pytest.mark.parametrize(
+    "given", ["llama", None, SelfAttention, object()], ids=["str", "None", "class", "object"]
+)
 def test_what_is_no_model_is_named(given):
     with pytest.raises(ConfigError, match=r"(no torch module|the class)[\s\S]*to fix"):
         stretto.parallelize(given, ONE, mesh=mesh())
