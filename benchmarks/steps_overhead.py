@@ -4,24 +4,27 @@ python benchmarks/steps_overhead.py --out overhead.json [--curves dit,audioldm2]
 
 Hooks: the same pipeline call plain and under a plan of one rank, in turns. All comparisons take a
 round before any takes the next, so that a slow stretch of the host falls on a few rounds of each,
-not on all rounds of one. Replay: one process walks as the last of p step ranks, with a mesh that
-hands its own message back in place of its peers', so snapshots, guesses, packing and the true steps
-are all there and transport is not. It is held against three runs, in turns. One is plain, with as
-many evaluations and so with fewer steps. One is the whole plain run whose other evaluations cost
-nothing (an output is handed out again): it has every scheduler step and recombination that the
-pipeline makes itself and that no parallel run can leave out; above it is what windows cost. The
-last is such a run of as many scheduler steps as the rank takes, guessed and true; above it is what
-hooks and replay cost beside the scheduler's own arithmetic. Entering the context and walking a
-first window, done once for any number of calls, stand apart. Transport is measured in
-steps_slices.py.
+not on all rounds of one. Before and after every piece the host is gauged by small launches that
+nobody waits for: medians are given of all rounds, and of those that found it quiet. Replay: one
+process walks as the last of p step ranks, with a mesh that hands its own message back in place of
+its peers', so snapshots, guesses, packing and the true steps are all there and transport is not. It
+is held against three runs, in turns. One is plain, with as many evaluations and so with fewer
+steps. One is the whole plain run whose other evaluations cost nothing (an output is handed out
+again): it has every scheduler step and recombination that the pipeline makes itself and that no
+parallel run can leave out; above it is what windows cost. The last is such a run of as many
+scheduler steps as the rank takes, guessed and true; above it is what hooks and replay cost beside
+the scheduler's own arithmetic. Entering the context and walking a first window, done once for any
+number of calls, stand apart. Transport is measured in steps_slices.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -51,6 +54,8 @@ MEASURES = {
     "replay_added_percent": ("replay", "added_percent"),
     "replay_beyond_steps_percent": ("replay", "beyond_steps_percent"),
 }
+#: A round is quiet if no gauge of its pieces lies above this multiple of the run's fastest tenth.
+QUIET = 1.3
 SCHEDULERS: dict[str, tuple[str, dict]] = {
     "FlowMatchEuler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
     "DDIM": ("DDIMScheduler", {"clip_sample": False}),
@@ -150,21 +155,56 @@ class Comparison:
     facts: dict[str, Any]
     judge: Callable[[dict[str, list[float]]], dict[str, Any]]
     times: dict[str, list[float]] = field(default_factory=dict)
+    #: Milliseconds of the host's gauge beside each, the larger of before and after.
+    gauges: dict[str, list[float]] = field(default_factory=dict)
 
     def warm(self) -> None:
         for entered in self.works.values():
             with entered() as work:
                 work()
         self.times = {name: [] for name in self.works}
+        self.gauges = {name: [] for name in self.works}
 
     def take_round(self, index: int, device: torch.device) -> None:
         """Each once, one after another, the order alternating."""
         for name in list(self.works)[:: -1 if index % 2 else 1]:
             with self.works[name]() as work:
+                before = gauge(device)
                 self.times[name].append(result.timed(work, device))
+                self.gauges[name].append(max(before, gauge(device)))
 
     def row(self) -> dict[str, Any]:
-        return {"who": self.who, **self.facts, **self.judge(self.times)}
+        judged = self.judge(self.times)
+        return {"who": self.who, **self.facts, **judged, "gauge_ms": copy.deepcopy(self.gauges)}
+
+
+def gauge(device: torch.device) -> float:
+    """Milliseconds the host takes for 200 launches on a few numbers; the device may still run."""
+    x = torch.zeros(8, device=device)
+    start = time.perf_counter()
+    for _ in range(200):
+        x = x + 1
+    return 1e3 * (time.perf_counter() - start)
+
+
+def mark_quiet(rows: list[dict]) -> None:
+    """Say of every row which rounds found the host quiet, and the medians of those alone."""
+    rows = [row for row in rows if "gauge_ms" in row]
+    gauges = sorted(g for row in rows for found in row["gauge_ms"].values() for g in found)
+    if not gauges:
+        return
+    limit = QUIET * gauges[len(gauges) // 10]
+    for row in rows:
+        row["quiet"] = [
+            max(found) <= limit for found in zip(*row["gauge_ms"].values(), strict=True)
+        ]
+        for measure in {measure for _, measure in MEASURES.values()} & row.keys():
+            values = itertools.compress(row[measure]["all"], row["quiet"])
+            row[measure]["quiet_median"] = median_of(list(values))
+
+
+def median_of(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def in_rounds(
@@ -177,11 +217,14 @@ def in_rounds(
     for comparison in comparisons:
         use(comparison.scheduler)
         comparison.warm()
+    gauge(device)
     for index in range(count):
         for comparison in comparisons:
             use(comparison.scheduler)
             comparison.take_round(index, device)
-        yield [comparison.row() for comparison in comparisons]
+        rows = [comparison.row() for comparison in comparisons]
+        mark_quiet(rows)
+        yield rows
 
 
 def entering(bench: Bench, plan: Plan, mesh: Mesh, count: int = 21) -> dict[str, Any]:
@@ -410,9 +453,10 @@ def summary(bench: Bench, rows: list[dict], evaluation: dict) -> dict:
     """The numbers that are asked for: worst median overhead, and the curves."""
     found: dict[str, Any] = {"evaluation_ms": 1e3 * evaluation["median"]}
     for key, (kind, measure) in MEASURES.items():
-        found[key] = {
-            row["who"]: row[measure]["median"] for row in rows if row["who"].startswith(kind)
-        }
+        own = [row for row in rows if row["who"].startswith(kind)]
+        found[key] = {row["who"]: row[measure]["median"] for row in own}
+        quiet = key.replace("_percent", "_quiet_percent")
+        found[quiet] = {row["who"]: row[measure]["quiet_median"] for row in own}
     found["over_one"] = {row["who"]: row["over_one"] for row in rows if "over_one" in row}
     counted = [row["recompiles"] for row in rows if row["who"] == "compile"]
     if counted:
@@ -421,7 +465,9 @@ def summary(bench: Bench, rows: list[dict], evaluation: dict) -> dict:
 
 
 def words(percent: dict[str, Any]) -> str:
-    return f"{percent['median']:+.2f} % ({percent['low']:+.2f} .. {percent['high']:+.2f})"
+    quiet = percent["quiet_median"]
+    more = "none quiet" if quiet is None else f"quiet {quiet:+.2f}"
+    return f"{percent['median']:+.2f} % ({percent['low']:+.2f} .. {percent['high']:+.2f}, {more})"
 
 
 def shown(row: dict) -> str:

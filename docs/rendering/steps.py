@@ -131,9 +131,23 @@ OVERHEAD = (
     "percent above as many plain evaluations",
     "above the plain run whose other evaluations are free",
     "above such a run of as many scheduler steps",
+    "quiet rounds: above the plain, free or as many",
     "ms of it per window",
     "same bits",
 )
+
+
+def _of_quiet_rounds(row: dict) -> str | None:
+    """Medians of the rounds that found the host quiet, and how many those are."""
+    if "quiet" not in row:
+        return None
+    medians = [
+        row[each]["quiet_median"]
+        for each in ("overhead_percent", "added_percent", BEYOND)
+        if each in row
+    ]
+    words = ", ".join("-" if value is None else f"{value:+.2f}" for value in medians)
+    return f"{words} ({sum(row['quiet'])} of {len(row['quiet'])})"
 
 
 def overhead(result: Result) -> list[str]:
@@ -143,6 +157,7 @@ def overhead(result: Result) -> list[str]:
             row["who"],
             _signed(row["overhead_percent"]),
             *(_signed(row[each]) if each in row else None for each in ("added_percent", BEYOND)),
+            _of_quiet_rounds(row),
             row.get("extra_ms_per_window"),
             row.get("bitwise"),
         )

@@ -141,6 +141,7 @@ OVERHEADS = {
     "hooks": "Hooks above the plain pipeline",
     "replay": "Replay above as many plain evaluations",
     "replay_added": "Replay above the whole plain run, other evaluations free",
+    "replay_added_quiet": "Replay above the whole plain run, rounds on a quiet host alone",
     "replay_beyond_steps": "Replay above such a run of as many scheduler steps",
 }
 #: Schedulers whose step combines earlier predictions: more arithmetic than one evaluation adds.
@@ -156,6 +157,8 @@ def overhead(kind: str, *, multistep: bool) -> Callable[[Result], Found | None]:
         }
         if not medians:
             return None
+        if None in medians.values():
+            return "no quiet round in some rows", False
         worst = max(medians, key=lambda who: medians[who])
         return f"{medians[worst]:+.2f} % ({worst})", medians[worst] <= 2
 

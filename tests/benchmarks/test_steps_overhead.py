@@ -29,6 +29,29 @@ def test_rounds_take_all_comparisons_and_alternate_who_goes_first():
     assert [(row["who"], row["fact"], len(row["a"])) for row in rows] == [("x", 1, 2), ("y", 1, 2)]
 
 
+def test_rounds_on_a_slow_host_are_told_apart():
+    def row(who, gauges, values):
+        spread = steps_overhead.result.spread(values)
+        return {"who": who, "gauge_ms": gauges, "added_percent": spread}
+
+    calm = {"free": [1.0, 1.1, 1.0], "ours": [1.2, 1.0, 1.0]}
+    # The second round found the host slow beside one of two pieces, the third beside both.
+    slow = {"free": [1.0, 1.0, 3.0], "ours": [1.0, 1.4, 2.9]}
+    rows = [row("x", calm, [1.0, 2.0, 3.0]), row("y", slow, [1.0, 20.0, 30.0])]
+    never = {"free": [2.0], "ours": [1.0]}
+    rows += [row("z", never, [9.0]), {"who": "batch curve/dit"}]
+    steps_overhead.mark_quiet(rows)
+    assert [each.get("quiet") for each in rows] == [
+        [True, True, True],
+        [True, False, False],
+        [False],
+        None,
+    ]
+    medians = [each["added_percent"]["quiet_median"] for each in rows[:3]]
+    assert medians == [2.0, 1.0, None]
+    assert rows[1]["added_percent"]["median"] == 20.0
+
+
 def test_a_free_run_evaluates_as_often_as_windows(tmp_path):
     words = ["--out", str(tmp_path / "x.json"), "--dry", *SMALL]
     bench = steps_overhead.Bench(steps_overhead.parse(words))
@@ -80,6 +103,8 @@ def test_dry_run(dry):
         assert rows[f"hooks/{name}"]["bitwise"]
         replay = rows[f"replay/{name}/p4"]
         assert replay["windows"] == [1] + [4] * 12
+        assert set(replay["gauge_ms"]) == {"plain", "free", "as_many", "ours"}
+        assert replay["quiet"] in ([True], [False])
     assert rows["batch curve/dit"]["over_one"]["1"] == 1.0
     assert set(rows["batch curve/audioldm2"]["over_one"]) == {"half", *map(str, range(1, 9))}
     assert result["summary"]["recompiles"] == 0
