@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -119,8 +120,17 @@ def test_a_slip_of_the_exponent_is_refused_by_the_name_of_its_flag(words, capsys
 
 def test_a_reader_that_has_closed_ends_the_command_without_a_traceback():
     """As `stretto doctor --json | head -1`."""
-    command = [sys.executable, "-m", "stretto.cli.app", "doctor", "--json"]
+    command = [sys.executable, "-m", "stretto", "doctor", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         said = process.stderr.read()
     assert (process.returncode, said) == (141, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_output_is_told_in_one_line():
+    command = [sys.executable, "-m", "stretto", "doctor", "--json"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == "cannot write: No space left on device\n"

@@ -149,6 +149,7 @@ def test_files_of_an_earlier_run_are_named(tmp_path, capsys):
         (("--guidance-scale", "nan", *BRIEF), "nan is no finite number"),
         (("--seed", "9" * 24, *BRIEF), 'Invalid value "9999'),
         (("--device", "meta", *BRIEF), "--device 'meta': ranks work on cpu or cuda"),
+        (("--device", "cpu:3", *BRIEF), "--device cpu:3: the processor is one device, cpu"),
         (("--set", "guidance_scale=NaN", *BRIEF), "--set ...NaN: no finite number"),
         (("--set", "sigmas=[1, 1e999]", *BRIEF), "--set ...1e999: no finite number"),
         (("--set", "guidance_scale=2", "--set", "guidance_scale=3"), "guidance_scale=... is given"),

@@ -213,6 +213,9 @@ def test_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"device cuda: this process sees 0 CUDA devices"):
         init_mesh(Axes({}), device="cuda")
+    with pytest.raises(ConfigError, match=r"device cpu:3: the processor is one device"):
+        init_mesh(Axes({}), device="cpu:3")
+    assert init_mesh(Axes({}), device="cpu:0").device.type == "cpu"
 
 
 @pytest.mark.parametrize("ask", ["size", "rank", "peers"])

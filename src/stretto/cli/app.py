@@ -1,12 +1,13 @@
 """The `stretto` command: a table of commands, each imported only when called.
 
 Exit codes: 0 done; 1 a failed check or a bug (with traceback); 2 an error of the tree or a
-command line that does not parse; 130 interrupted by Ctrl-C;
+command line that does not parse, or no room to write; 130 interrupted by Ctrl-C;
 141 the reader of the output has closed it.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import sys
@@ -37,6 +38,8 @@ COMMANDS = {
         "Train a model on long sequences over several ranks.",
     ),
 }
+#: What a write says where there is no room.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def build() -> App:
@@ -74,6 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _is_output_closed():
             raise
         return 141
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        _turn_away(sys.stdout.fileno())
+        where = f" {error.filename}" if error.filename else ""
+        print(f"cannot write{where}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         from stretto.mesh.launch import abandon  # a clean run never needs it
 
@@ -92,9 +102,13 @@ def _is_output_closed() -> bool:
     asked.register(output, 0)
     is_closed = bool(asked.poll(0))  # errors and hang-ups alone are told unasked
     if is_closed:
-        # Python flushes once more at its end, and would say that it could not.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+        _turn_away(output)
     return is_closed
+
+
+def _turn_away(output: int) -> None:
+    """Python flushes once more at its end, and would say that it could not."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
 
 
 def _print_error(error: StrettoError) -> None:

@@ -54,6 +54,8 @@ def _device(job: Job) -> torch.device:
         raise ConfigError(f"--device {job.device!r}: give cpu or cuda") from None
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"--device {job.device!r}: ranks work on cpu or cuda")
+    if device.type == "cpu" and device.index:
+        raise ConfigError(f"--device {job.device}: the processor is one device, cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"--device {job.device}: torch {torch.__version__} sees no GPU here; "

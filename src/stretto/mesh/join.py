@@ -79,6 +79,8 @@ def _present(device: torch.device | str) -> torch.device:
     except (RuntimeError, TypeError):
         raise ConfigError(f"device {device!r} is unknown to torch; give cpu or cuda:0") from None
     if wanted.type == "cpu":
+        if wanted.index:
+            raise ConfigError(f"device {wanted}: the processor is one device\n  to fix: cpu")
         return wanted
     if wanted.type != "cuda":
         raise ConfigError(
