@@ -1,4 +1,4 @@
-"""`stretto generate calibrate`: measure where exact steps belong, and write a plan file."""
+"""`stretto generate calibrate`: measure which windows suit a model, and write a plan file."""
 
 from __future__ import annotations
 

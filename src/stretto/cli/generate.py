@@ -105,7 +105,7 @@ def generate(
 app.command(
     "stretto.cli.calibrate:calibrate",
     name="calibrate",
-    help="Measure where exact steps belong, and write a calibration file.",
+    help="Measure which windows suit a model, and write a calibration file.",
 )
 
 

@@ -77,7 +77,7 @@ class Split:
         Ranks that share the two branches of guidance (exact). Neither --step nor --cfg: two ranks
         for cfg where guidance is on and the ranks are even, the rest for step.
     windows
-        Where exact steps lie: tail, parastep, fixed, adaptive, or a calibration file.
+        Sizes of windows: tail, parastep, fixed, adaptive, or a calibration file.
     depth
         Sequential evaluations of the schedule, for tail and calibration files.
     predictor
