@@ -20,7 +20,6 @@ number of calls, stand apart. Transport is measured in steps_slices.py.
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import statistics
 import sys
@@ -175,7 +174,7 @@ class Comparison:
 
     def row(self) -> dict[str, Any]:
         judged = self.judge(self.times)
-        return {"who": self.who, **self.facts, **judged, "gauge_ms": copy.deepcopy(self.gauges)}
+        return {"who": self.who, **self.facts, **judged, "gauge_ms": self.gauges}
 
 
 def gauge(device: torch.device) -> float:

@@ -19,7 +19,7 @@ UPDATES = {"multistep_uni_p_bh_update", "multistep_uni_c_bh_update"}
 class Solving:
     """As far as it matters, a scheduler."""
 
-    def step(self, matrix, *, twice=True):
+    def solved(self, matrix, *, twice=True):
         doubled = 2 * matrix if twice else matrix
         return torch.linalg.solve(doubled, torch.ones(2))
 
@@ -44,24 +44,24 @@ def test_what_the_instance_replaces_stays():
 
 def test_a_lent_method_has_defaults_and_the_same_result(monkeypatch):
     scheduler, matrix = Solving(), torch.tensor([[3.0, 1.0], [1.0, 2.0]])
-    expected = scheduler.step(matrix), scheduler.step(matrix, twice=False)
+    expected = scheduler.solved(matrix), scheduler.solved(matrix, twice=False)
     solves = Solves(scheduler)
-    step = solves.on(META)["step"]
+    solved = solves.on(META)["solved"]
     monkeypatch.setattr(torch.linalg, "solve", lambda *_: pytest.fail("the device was asked"))
-    assert torch.equal(step(matrix), expected[0])
-    assert torch.equal(step(matrix, twice=False), expected[1])
+    assert torch.equal(solved(matrix), expected[0])
+    assert torch.equal(solved(matrix, twice=False), expected[1])
     solves.check()
 
 
 def test_a_singular_matrix_is_told_once_at_the_end():
     solves = Solves(Solving())
-    step = solves.on(META)["step"]
-    step(torch.eye(2))
-    step(torch.ones(2, 2))
+    solved = solves.on(META)["solved"]
+    solved(torch.eye(2))
+    solved(torch.ones(2, 2))
     with pytest.raises(torch.linalg.LinAlgError, match=r"singular\n.*levels.*\n.*to fix"):
         solves.check()
     solves.check()
-    step(torch.ones(2, 2))
+    solved(torch.ones(2, 2))
     solves.forget()
     solves.check()
 

@@ -138,7 +138,7 @@ def test_tail_cost_stays_finite_at_both_ends():
     assert search.tail_cost([0.75, 0.5, 1.0, 0.5], 1, 2) == pytest.approx((125_000 * 1.0) ** 2)
 
 
-def test_exact_steps_go_to_both_ends():
+def test_windows_shrink_at_both_ends():
     """Where little signal or little noise is left, windows are smaller than between."""
     for shift in (1, 3):
         sizes = search.tail(flow_noise(50, shift), 8)

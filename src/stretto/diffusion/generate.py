@@ -15,6 +15,7 @@ from stretto.diffusion.folder import describe, open_pipeline
 from stretto.diffusion.job import Job, Outcome
 from stretto.diffusion.worker import Worker, guides
 from stretto.errors import ConfigError
+from stretto.mesh.join import present
 from stretto.mesh.launch import Tell
 from stretto.plan.model import Plan
 
@@ -44,23 +45,7 @@ def automatic_plan(ranks: int, guided: bool) -> Plan:
 
 def _device(job: Job) -> torch.device:
     local = int(os.environ.get("LOCAL_RANK", "0")) if job.ranks > 1 and not job.emulated else 0
-    if job.device is None:
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", local % torch.cuda.device_count())
-    try:
-        device = torch.device(job.device)
-    except RuntimeError:
-        raise ConfigError(f"--device {job.device!r}: give cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {job.device!r}: ranks work on cpu or cuda")
-    if device.type == "cpu" and device.index:
-        raise ConfigError(f"--device {job.device}: the processor is one device, cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"--device {job.device}: torch {torch.__version__} sees no GPU here; "
-            "`stretto doctor` says why"
-        )
+    device = present(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", local % torch.cuda.device_count())
     return device

@@ -54,7 +54,7 @@ def init_mesh(
     number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
     if not number or not 0 < timeout_s < float("inf"):
         raise ConfigError(f"timeout_s={timeout_s!r}: seconds that a wait may last, above 0")
-    device = None if device is None else _present(device)
+    device = None if device is None else present(device)
     if carrier not in CARRIERS:
         raise ConfigError(f"carrier {carrier!r} is unknown; known are {', '.join(CARRIERS)}")
     wanted = axes.world_size(plan.sizes)
@@ -72,7 +72,7 @@ def init_mesh(
     return _carried(plan, chosen, carrier)(plan.sizes, chosen, store, timeout_s=timeout_s)
 
 
-def _present(device: torch.device | str) -> torch.device:
+def present(device: torch.device | str) -> torch.device:
     """The device, if this process has it. Raises ConfigError."""
     try:
         wanted = torch.device(device)
@@ -91,7 +91,8 @@ def _present(device: torch.device | str) -> torch.device:
     if (wanted.index or 0) >= count:
         raise ConfigError(
             f"device {wanted}: this process sees {count} CUDA devices\n"
-            "  why: none is built in, driven, or let through by CUDA_VISIBLE_DEVICES\n"
+            "  why: none is built in, driven, or let through by CUDA_VISIBLE_DEVICES;\n"
+            "  `stretto doctor` says more\n"
             f"  to fix: {f'cuda:0 to cuda:{count - 1}, or ' if count else ''}cpu, or None for "
             "what is there"
         )
