@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,6 +74,7 @@ class Attachment:
         self._once = once
         self._aside = aside or Aside()
         self.family = family_of(pipe)
+        self._signature = inspect.signature(type(pipe).__call__)
         self.report: Report | None = None
         self._run: StepRun | None = None
         self._remembered = remembered or Remembered()
@@ -257,7 +259,7 @@ class Attachment:
         self._check_in_place()
         self._refuse()
         self._remembered.trim()
-        check_alike(self.mesh, self.plan, numbers_of(original, [self.pipe, *args], kwargs))
+        check_alike(self.mesh, self.plan, numbers_of(self._signature, [self.pipe, *args], kwargs))
         generators = _generators([*args, *kwargs.values()])
         randomness = Randomness(generators, own_only=isinstance(self.mesh, LocalMesh))
         randomness.adopt(self.mesh)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -76,13 +76,15 @@ def check_predictors(predictors: Any, ranks: int) -> None:
             )
 
 
-def numbers_of(call: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def numbers_of(
+    signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     """The numbers among a call's arguments, defaults included, by name.
 
     None is none: it stands for a default that the pipeline finds, and another rank may name.
     """
     try:
-        bound = inspect.signature(call).bind(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         named = bound.arguments
     except TypeError:
@@ -116,7 +118,10 @@ def refuse_unlike(mesh: Mesh, told: Mapping[str, Any], *, why: str, to_fix: str)
     """
     if mesh.world_size == 1:
         return
-    ranks = [json.loads(seen) for seen in mesh.gather_bytes(json.dumps(told).encode())]
+    found = mesh.gather_bytes(json.dumps(told).encode())
+    if len(set(found)) == 1:
+        return
+    ranks = [json.loads(seen) for seen in found]
     for name in dict.fromkeys(name for seen in ranks for name in seen):
         values = {rank: seen[name] for rank, seen in enumerate(ranks) if name in seen}
         first = min(values)

@@ -60,9 +60,10 @@ class Randomness:
             why="all ranks take over the states of rank 0's",
             to_fix="pass generators of one kind on every rank",
         )
-        data = mesh.broadcast_bytes(_packed(self.snapshot()))
-        if mesh.world_rank:
-            self.restore(_unpacked(data))
+        own = _packed(self.snapshot())
+        first = mesh.broadcast_bytes(own)
+        if first != own:
+            self.restore(_unpacked(first))
 
 
 def _place(generator: torch.Generator) -> Any:

@@ -279,11 +279,10 @@ class HostTimes:
 
         An item is known by its memory, so a pipeline's own timesteps come back as they are.
         """
-        if isinstance(grid, Tensor) and _shares(time, grid):
-            self.read(grid)
-        if self._grid is None or not _shares(time, self._grid):
-            return time
-        return self._host[time.storage_offset() - self._grid.storage_offset()]
+        for known in (grid, self._grid):
+            if isinstance(known, Tensor) and _shares(time, known):
+                return self.read(known)[time.storage_offset() - known.storage_offset()]
+        return time
 
 
 def _shares(item: Tensor, grid: Tensor) -> bool:
