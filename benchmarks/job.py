@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -163,7 +164,7 @@ def started(options: argparse.Namespace) -> argparse.Namespace:
 
 def command(ranks: int) -> str:
     """The command line that a result names."""
-    return " ".join(["torchrun", "--standalone", "--nproc-per-node", str(ranks), *sys.argv])
+    return shlex.join(["torchrun", "--standalone", "--nproc-per-node", str(ranks), *sys.argv])
 
 
 def median(values: Sequence[float]) -> float:

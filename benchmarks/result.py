@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -24,7 +25,7 @@ def begin(case: str, device: str, commit: str, **more: Any) -> dict[str, Any]:
         "case": case,
         "basis": "measured",
         "device": device,
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "commit": commit,
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
